@@ -1,0 +1,79 @@
+"""What the loop asks of the two engines. Everything is awaitable, so that an actor, a thread or a fake can stand behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from posttrain.rl.algorithms.base import Algorithm
+from posttrain.rl.metrics import Metric
+from posttrain.rl.types import Adapter, Completion, OptimParams, OptimResult, Prompt, SamplingParams, Scores, TrainBatch
+
+
+class Sampler(Protocol):
+    """Draws completions with the newest adapter it was given."""
+
+    async def sample(self, prompts: Sequence[Prompt], n: int, params: SamplingParams) -> list[list[Completion]]:
+        """``n`` completions of each prompt, in the prompts' order."""
+        ...
+
+    async def load_adapter(self, adapter: Adapter) -> str:
+        """Sample from ``adapter`` from now on; returns the fingerprint of the weights now in the engine."""
+        ...
+
+    async def sleep(self) -> None:
+        """Give memory back while the trainer works."""
+        ...
+
+    async def wake(self) -> None:
+        """Undo ``sleep``."""
+        ...
+
+    async def close(self) -> None:
+        """Release everything; safe to call twice."""
+        ...
+
+
+class Learner(Protocol):
+    """Owns the trained weights and their optimizer."""
+
+    async def score(self, batches: Sequence[TrainBatch], *, reference: bool = False) -> list[Scores]:
+        """Logprobs and entropies of each micro-batch without gradients; ``reference`` switches the adapter off."""
+        ...
+
+    async def forward_backward(self, batches: Sequence[TrainBatch], algorithm: Algorithm) -> dict[str, Metric]:
+        """Add the gradients of every micro-batch to what is there; never clears them."""
+        ...
+
+    async def optim_step(self, params: OptimParams) -> OptimResult:
+        """Clip, step, clear the gradients; the policy version grows by one."""
+        ...
+
+    async def reset_optimizer(self) -> None:
+        """Forget the optimizer's moments (after a supervised warm start)."""
+        ...
+
+    async def export_adapter(self) -> Adapter:
+        """A copy of the trained weights at this version."""
+        ...
+
+    async def checksum(self) -> str:
+        """Checksum of the frozen base weights; must never change. Empty for full fine-tuning."""
+        ...
+
+    async def save(self, folder: Path) -> None:
+        """Write weights, optimizer, version and random state into an existing folder."""
+        ...
+
+    async def load(self, folder: Path) -> None:
+        """Undo everything since the matching ``save``."""
+        ...
+
+    async def memory(self) -> Mapping[str, float]:
+        """Peak memory since the last call, ``{"peak_memory_gib": …}``."""
+        ...
+
+    async def close(self) -> None:
+        """Release everything; safe to call twice."""
+        ...
