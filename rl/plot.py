@@ -1,0 +1,55 @@
+"""The reward curve as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain.rl.errors import DataError
+from posttrain.rl.run_dir import RunDir
+
+
+def series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one metric, where it was written as a number."""
+    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
+    """Exponential moving average without the bias of its start: a constant stays that constant."""
+    total = share = 0.0
+    result = []
+    for value in values:
+        total = weight * total + (1 - weight) * value
+        share = weight * share + (1 - weight)
+        result.append(total / share)
+    return result
+
+
+def write_reward_plot(run: RunDir) -> Path:
+    """Mean reward by step, raw and smoothed, and pass@1 of the evaluations; returns the path of the PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = run.metrics()
+    steps, rewards = series(rows, "reward/mean")
+    if not steps:
+        raise DataError(f"{run.metrics_file} holds no reward/mean yet: nothing to plot")
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(steps, rewards, color="tab:blue", alpha=0.3, label="reward")
+    axes.plot(steps, smooth(rewards), color="tab:blue", linewidth=2, label="reward, smoothed")
+    eval_steps, passed = series(rows, "eval/pass@1")
+    if eval_steps:
+        axes.plot(eval_steps, passed, color="tab:orange", marker="o", label="held-out pass@1")
+    axes.set_xlabel("step")
+    axes.set_ylabel("mean reward")
+    axes.set_title(run.path.resolve().name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    partial = run.plot_file.with_name(".partial_reward.png")
+    figure.savefig(partial, format="png")
+    partial.replace(run.plot_file)
+    return run.plot_file
