@@ -6,8 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from posttrain.rl.algorithms.base import AdvantageInputs, Algorithm, LossInputs, LossOutput
+from posttrain.rl.algorithms.cross_entropy import CrossEntropy
+from posttrain.rl.algorithms.grpo import GRPO
 
-ALGORITHMS: dict[str, type[Algorithm]] = {}
+ALGORITHMS: dict[str, type[Algorithm]] = {
+    "grpo": GRPO,
+    "cross_entropy": CrossEntropy,
+}
 
 
 def parse(spec: str | Mapping[str, Any]) -> Algorithm:
