@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import re
 import shutil
@@ -26,6 +25,8 @@ from typing import Any
 
 import tomli_w
 
+from posttrain import __version__
+from posttrain.rl.durable import PARTIAL, cut_torn_tail, finite, read_rows, sync, sync_tree, write_atomically
 from posttrain.rl.errors import CheckpointError, ConfigError
 
 STATE = "state.json"
@@ -33,7 +34,6 @@ STATE = "state.json"
 
 _STEP = re.compile(r"^step_(\d{6,})$")
 _ROWS = re.compile(r"^(?:step|eval)_(\d{6,})\.jsonl$")
-_PARTIAL = ".partial_"
 _REPLACED = ".replaced_"
 
 
@@ -46,8 +46,13 @@ class RunDir:
         self._tail_whole = False
 
     @classmethod
-    def create(cls, output_dir: Path | str, name: str | None, config_tree: Mapping[str, Any]) -> RunDir:
-        """A new folder ``output_dir/name`` (by default the date and time) holding ``config.toml``."""
+    def create(
+        cls, output_dir: Path | str, name: str | None, config_tree: Mapping[str, Any], *, base: Path | None = None
+    ) -> RunDir:
+        """A new folder ``output_dir/name`` (by default the date and time) holding ``config.toml``.
+
+        ``base``: the folder that relative paths in the configuration start from, by default the working directory.
+        """
         if name is not None and (not name or name in {".", ".."} or "/" in name or os.sep in name):
             raise ConfigError(f"run_name {name!r} must be a plain folder name; folders above it go into output_dir")
         path = Path(output_dir) / name if name else _dated(Path(output_dir))
@@ -60,7 +65,9 @@ class RunDir:
         except OSError as error:
             raise ConfigError(f"{path}: cannot be created ({error.strerror}); choose another output_dir") from None
         run = cls(path)
-        _write_atomically(run.config_file, tomli_w.dumps(dict(config_tree)))
+        origin = {"posttrain": __version__, "base": str((base or Path.cwd()).resolve())}
+        write_atomically(run.origin_file, json.dumps(origin) + "\n")
+        run.write_config(config_tree)
         return run
 
     @classmethod
@@ -75,10 +82,26 @@ class RunDir:
             pass
         return run
 
+    @classmethod
+    def find(cls, path: Path | str) -> tuple[RunDir, Path | None]:
+        """The run a path belongs to, and the checkpoint where the path is one (complete, or ``CheckpointError``)."""
+        folder = Path(path)
+        if _STEP.match(folder.name) and folder.parent.name == "checkpoints":
+            run = cls.open(folder.parent.parent)
+            if not _is_complete(folder):
+                raise CheckpointError(f"{folder}: not a complete checkpoint, it has no readable {STATE}")
+            return run, folder
+        return cls.open(folder), None
+
     @property
     def config_file(self) -> Path:
         """The configuration in full, TOML."""
         return self.path / "config.toml"
+
+    @property
+    def origin_file(self) -> Path:
+        """Where the configuration came from, JSON."""
+        return self.path / "origin.json"
 
     @property
     def metrics_file(self) -> Path:
@@ -122,22 +145,31 @@ class RunDir:
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise CheckpointError(f"{self.config_file}: cannot be read: {error}") from None
 
+    def base(self) -> Path:
+        """The folder that relative paths in the configuration start from."""
+        try:
+            return Path(json.loads(self.origin_file.read_text(encoding="utf-8"))["base"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.origin_file}: cannot be read ({error}); was the run copied in part?"
+            ) from None
+
     def write_config(self, config_tree: Mapping[str, Any]) -> None:
         """Replace ``config.toml`` (a resumed run may go on with more steps)."""
-        _write_atomically(self.config_file, tomli_w.dumps(dict(config_tree)))
+        write_atomically(self.config_file, tomli_w.dumps(dict(config_tree)))
 
     def append_metrics(self, step: int, values: Mapping[str, float | int | None]) -> None:
         """Add one line; NaN and infinities become null. Write it before the checkpoint of the same step."""
-        line = json.dumps({"step": step, **{key: _finite(value) for key, value in values.items()}}) + "\n"
+        line = json.dumps({"step": step, **{key: finite(value) for key, value in values.items()}}) + "\n"
         if not self._tail_whole:
-            _cut_torn_tail(self.metrics_file)
+            cut_torn_tail(self.metrics_file)
             self._tail_whole = True
         with self.metrics_file.open("ab", buffering=0) as file:
             file.write(line.encode())
 
     def metrics(self) -> list[dict[str, Any]]:
         """Every line; one torn at the end by a kill is left out."""
-        return _read_rows(self.metrics_file)
+        return read_rows(self.metrics_file)
 
     def rollouts_file(self, step: int, *, evaluation: bool = False) -> Path:
         """Table of the samples of one step, or of its evaluation."""
@@ -146,14 +178,14 @@ class RunDir:
     def write_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]], *, evaluation: bool = False) -> Path:
         """Write a table in one go; values that JSON does not know are written as text."""
         self.rollouts_dir.mkdir(exist_ok=True)
-        lines = [json.dumps(_finite(dict(row)), ensure_ascii=False, default=str) + "\n" for row in rows]
+        lines = [json.dumps(finite(dict(row)), ensure_ascii=False, default=str) + "\n" for row in rows]
         path = self.rollouts_file(step, evaluation=evaluation)
-        _write_atomically(path, "".join(lines), durable=False)
+        write_atomically(path, "".join(lines), durable=False)
         return path
 
     def rollouts(self, step: int, *, evaluation: bool = False) -> list[dict[str, Any]]:
         """Rows of one table; empty where none was written."""
-        return _read_rows(self.rollouts_file(step, evaluation=evaluation))
+        return read_rows(self.rollouts_file(step, evaluation=evaluation))
 
     def checkpoint_dir(self, step: int) -> Path:
         """Folder of the checkpoint after ``step`` steps."""
@@ -169,16 +201,16 @@ class RunDir:
         final = self.checkpoint_dir(step)
         with self.lock():
             self.checkpoints_dir.mkdir(exist_ok=True)
-            partial = self.checkpoints_dir / f"{_PARTIAL}{final.name}"
+            partial = self.checkpoints_dir / f"{PARTIAL}{final.name}"
             _remove(partial)
             partial.mkdir()
             try:
                 yield partial
                 if not _is_complete(partial):
                     raise CheckpointError(f"{partial}: the checkpoint of step {step} has no readable {STATE}")
-                _sync_tree(partial)
+                sync_tree(partial)
                 if self.metrics_file.exists():
-                    _sync(self.metrics_file)
+                    sync(self.metrics_file)
                 self._replace(final, partial)
             except BaseException:
                 self._clear_leftovers()
@@ -205,7 +237,7 @@ class RunDir:
         """Forget the metrics, samples and evaluations of every step after ``step``, and any torn line."""
         if self.metrics_file.exists():
             rows = [row for row in self.metrics() if row["step"] <= step]
-            _write_atomically(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
+            write_atomically(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
         for path in self.rollouts_dir.glob("*.jsonl"):
             match = _ROWS.match(path.name)
             if match and int(match[1]) > step:
@@ -253,7 +285,7 @@ class RunDir:
         if final.exists():
             final.rename(aside)
         partial.rename(final)
-        _sync(self.checkpoints_dir)
+        sync(self.checkpoints_dir)
         _remove(aside)
 
     def _clear_leftovers(self) -> None:
@@ -265,10 +297,10 @@ class RunDir:
                     _remove(aside)
                 else:
                     aside.rename(final)
-            for partial in self.checkpoints_dir.glob(f"{_PARTIAL}*"):
+            for partial in self.checkpoints_dir.glob(f"{PARTIAL}*"):
                 _remove(partial)
         for folder in (self.path, self.rollouts_dir):
-            for partial in folder.glob(f"{_PARTIAL}*"):
+            for partial in folder.glob(f"{PARTIAL}*"):
                 _remove(partial)
 
 
@@ -282,74 +314,12 @@ def _dated(folder: Path) -> Path:
     return path
 
 
-def _finite(value: Any) -> Any:
-    """The same value with null for what JSON has no number for."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """JSON lines; a last line without its end is left out, a broken one in between is an error."""
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is empty or torn
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            raise CheckpointError(f"{path}, line {number}: not JSON; remove the line") from None
-    return rows
-
-
-def _cut_torn_tail(path: Path) -> None:
-    """Drop what follows the last newline, so that the next line starts on its own."""
-    if path.exists():
-        data = path.read_bytes()
-        end = data.rfind(b"\n") + 1
-        if end < len(data):
-            os.truncate(path, end)
-
-
 def _is_complete(folder: Path) -> bool:
     """Whether the state is there and parses."""
     try:
         return isinstance(json.loads((folder / STATE).read_text(encoding="utf-8")), dict)
     except (OSError, ValueError):
         return False
-
-
-def _write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
-    """Write beside, then rename over: a reader sees the old file or the new one."""
-    partial = path.with_name(f"{_PARTIAL}{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    if durable:
-        _sync(partial)
-    partial.replace(path)
-    if durable:
-        _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    """Push one file, or a folder's list of names, to the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _sync_tree(folder: Path) -> None:
-    """Push every file of a folder and the folders themselves to the disk."""
-    for root, _, files in os.walk(folder):
-        for name in files:
-            _sync(Path(root) / name)
-        _sync(Path(root))
 
 
 def _remove(path: Path) -> None:
