@@ -1,0 +1,86 @@
+"""Is the final answer right? By math-verify where installed, else by comparing the last number."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+from decimal import Decimal, InvalidOperation
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+
+
+def final_answer(text: str) -> str | None:
+    r"""What a text gives as its answer: the last ``\boxed{…}``, else what follows the last ``####`` on its line, else the
+    last number; ``None`` where there is none.
+    """
+    boxed = _last_boxed(text)
+    if boxed is not None:
+        return boxed
+    _, mark, after = text.rpartition("####")
+    if mark and after.strip():
+        return after.strip().splitlines()[0].strip()
+    numbers = _NUMBER.findall(text)
+    return numbers[-1] if numbers else None
+
+
+def math_answer(completion: str, answer: object) -> float:
+    """1 when the completion's final answer equals ``answer`` as mathematics, else 0.
+
+    A final answer that cannot be parsed scores 0. Equality is numeric, or decided by math-verify (extra ``math``).
+    """
+    given = final_answer(completion)
+    if given is None:
+        return 0.0
+    wanted = final_answer(str(answer)) if "####" in str(answer) else str(answer).strip()
+    if wanted is None:
+        return 0.0
+    left, right = _number(given), _number(wanted)
+    if left is not None and right is not None:
+        return float(left == right)
+    if _plain(given) == _plain(wanted):
+        return 1.0
+    return float(_equivalent(given, wanted)) if _has_math_verify() else 0.0
+
+
+def _last_boxed(text: str) -> str | None:
+    r"""Content of the last complete ``\boxed{…}``, braces matched."""
+    start = text.rfind("\\boxed{")
+    while start >= 0:
+        depth = 0
+        for position in range(start + 6, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[position], 0)
+            if depth == 0:
+                return text[start + 7 : position].strip()
+        start = text.rfind("\\boxed{", 0, start)
+    return None
+
+
+def _number(text: str) -> Decimal | None:
+    cleaned = text.strip().strip("$").strip().rstrip(".").replace(",", "").replace("\\$", "").removeprefix("$")
+    if not re.fullmatch(r"[+-]?(?:\d{1,60}(?:\.\d{0,60})?|\.\d{1,60})", cleaned, re.ASCII):
+        return None
+    try:
+        return Decimal(cleaned)
+    except InvalidOperation:
+        return None
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[\s$]+", "", text)
+
+
+@functools.cache
+def _has_math_verify() -> bool:
+    return importlib.util.find_spec("math_verify") is not None
+
+
+def _equivalent(given: str, wanted: str) -> bool:
+    """math-verify's verdict. Its own timeouts use SIGALRM, which only the main thread may: switched off here."""
+    from math_verify import parse, verify
+
+    if len(given) > 200:
+        return False
+    gold = parse(f"${wanted}$", parsing_timeout=None)
+    found = parse(f"${given}$", parsing_timeout=None)
+    return bool(gold) and bool(found) and bool(verify(gold, found, timeout_seconds=None))
