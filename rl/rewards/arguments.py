@@ -14,7 +14,7 @@ from posttrain.rl.types import Completion, Message, Prompt
 class Turn(dict[str, Any]):
     """A message that can be read as ``turn["content"]`` and, as newer verifiers allow, ``turn.content``."""
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+    def __getattr__(self, name: str) -> Any:
         try:
             return self[name]
         except KeyError:
