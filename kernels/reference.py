@@ -85,7 +85,13 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, head: Head, entropy_gradient: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        entropy_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         blocks, directions = [], []
         for h, t in _row_blocks(hidden, targets):
@@ -117,7 +123,13 @@ class _TrainableHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, head: Head, entropy_gradient: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        entropy_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         blocks = [_forward_block(h, weight, t, bias, head, 0)[0] for h, t in _row_blocks(hidden, targets)]
         stats = [_concatenate(blocks, name, hidden) for name in ("logprobs", "entropy", "log_rest", "lse")]
@@ -215,7 +227,9 @@ def _forward_block(
     rest = torch.exp(block.log_rest).unsqueeze(1)
     kept = [rest * (target_rows - mean_rows)]
     if directions > 1:
-        mean_log = torch.where(alone, torch.zeros_like(h), sums[1] / total.unsqueeze(1) - log_total[:, None] * mean_rows)
+        mean_log = torch.where(
+            alone, torch.zeros_like(h), sums[1] / total.unsqueeze(1) - log_total[:, None] * mean_rows
+        )
         log_rest = torch.where(alone, torch.zeros_like(rest), block.log_rest.unsqueeze(1))
         entropy, logprobs = block.entropy.unsqueeze(1), block.logprobs.unsqueeze(1)
         kept.append(

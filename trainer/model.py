@@ -1,0 +1,229 @@
+"""A transformers causal LM as the trainer sees it: packed tokens in, log-probabilities out, no logits in between.
+
+Shape letters: T packed tokens, S scored tokens, V vocabulary, H hidden.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.kernels.reference import token_logprobs
+from posttrain.rl.errors import EngineError
+from posttrain.trainer.attention import NAME as PACKED_ATTENTION
+from posttrain.trainer.attention import Packing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from posttrain.rl.config import ModelConfig
+
+log = logging.getLogger(__name__)
+
+PACKABLE_LAYERS = {"full_attention", "sliding_attention", "attention"}
+PROBE_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-2}
+"""Nats by which our logprobs may differ from the model's own; half precision is allowed 0.5."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is the GPU where there is one. Raises ``EngineError`` for a GPU that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise EngineError(
+            "trainer.device = cuda, but torch sees no GPU: use auto or cpu, or install a CUDA build of torch"
+        )
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto``: bfloat16 on a GPU that computes in it, float16 on an older one, float32 on a CPU."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """What the architecture does to the head's output: ``logits = softcap·tanh(scale·z / softcap)``."""
+
+    softcap: float | None
+    scale: float | None
+
+
+class PackedModel:
+    """Backbone and head of a causal LM, run on packed sequences. In evaluation mode throughout: no dropout."""
+
+    def __init__(self, causal_lm: PreTrainedModel, device: torch.device) -> None:
+        self.causal_lm = causal_lm
+        self.device = device
+        self.head = causal_lm.get_output_embeddings()
+        if self.head is None or getattr(self.head, "weight", None) is None:
+            raise EngineError(f"{type(causal_lm).__name__} has no output head to score tokens with: is it a causal LM?")
+        self.backbone: nn.Module = causal_lm.get_decoder()
+        self.settings = _head_settings(causal_lm.config)
+        causal_lm.eval()
+        for module in causal_lm.modules():
+            # Decoder layers are put in training mode for activation checkpointing, and some drop out by this number.
+            if isinstance(getattr(module, "dropout", None), float):
+                module.dropout = 0.0  # type: ignore[assignment]
+        self._rope_limit = _rope_limit(causal_lm.config)
+        self.packs = self._try_packing()
+        self._check_head()
+
+    def enable_checkpointing(self) -> None:
+        """Recompute each decoder layer in the backward pass; the gradients are the same."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        if not self.causal_lm.supports_gradient_checkpointing:
+            raise EngineError(
+                f"{type(self.causal_lm).__name__} cannot recompute activations: set trainer.activation_checkpointing = false"
+            )
+        self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        layers = [module for module in self.backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if not layers:
+            raise EngineError(
+                f"{type(self.causal_lm).__name__} has no layers to recompute: set trainer.activation_checkpointing = false"
+            )
+        for layer in layers:
+            layer.training = True  # the switch transformers looks at; the modules inside stay in evaluation mode
+
+    def hidden(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Last hidden states [T, H] of packed sequences; no token sees another sequence."""
+        packing = Packing.of(cu_seqlens, self.device)
+        together = self.packs and (self._rope_limit is None or packing.max_length <= self._rope_limit)
+        if together:
+            return self._run(input_ids, position_ids, packing)
+        parts = []
+        for start, stop in zip(packing.bounds, packing.bounds[1:]):
+            single = Packing.of(torch.tensor([0, stop - start]), self.device)
+            parts.append(self._run(input_ids[start:stop], position_ids[start:stop], single))
+        return torch.cat(parts)
+
+    def logprobs(
+        self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, positions: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability [S] of the tokens at ``positions`` given what stands before them, and the entropy there.
+
+        ``options``: ``temperature``, ``entropy_gradient``, ``chunk`` of ``kernels.reference.token_logprobs``.
+        """
+        hidden = self.hidden(input_ids, position_ids, cu_seqlens)
+        rows = hidden[positions - 1]  # the state before a token predicts it
+        weight, bias = self.head.weight, getattr(self.head, "bias", None)
+        targets = input_ids[positions]
+        return token_logprobs(
+            rows, weight, targets, bias=bias, softcap=self.settings.softcap, scale=self.settings.scale, **options
+        )
+
+    def _run(self, input_ids: Tensor, position_ids: Tensor, packing: Packing) -> Tensor:
+        extra = {"packing": packing} if self.packs else {}
+        output = self.backbone(
+            input_ids=input_ids.unsqueeze(0), position_ids=position_ids.unsqueeze(0), use_cache=False, **extra
+        )
+        return output.last_hidden_state.squeeze(0)
+
+    def _try_packing(self) -> bool:
+        """Switch to packed attention and make sure, on two short sequences, that nothing leaks between them."""
+        name, config = type(self.causal_lm).__name__, self.causal_lm.config.get_text_config()
+        layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+        self.packs = False
+        if not layers <= PACKABLE_LAYERS or not self.causal_lm._supports_attention_backend:
+            log.warning("%s cannot be packed (%s): sequences are run one at a time", name, ", ".join(sorted(layers)))
+            return False
+        own = config._attn_implementation
+        self.causal_lm.set_attn_implementation(PACKED_ATTENTION)
+        self.packs = True
+        try:
+            leaks = self._leaks()
+        except (EngineError, TypeError) as error:
+            log.warning("%s cannot be packed (%s): sequences are run one at a time", name, error)
+        else:
+            if not leaks:
+                return True
+            log.warning("%s mixes packed sequences: they are run one at a time", name)
+        self.causal_lm.set_attn_implementation(own)
+        self.packs = False
+        return False
+
+    @torch.no_grad()
+    def _leaks(self) -> bool:
+        """Whether the second of two packed sequences changes when the first one does."""
+        ids = torch.tensor([0, 1, 2, 3, 1, 2, 3, 0], device=self.device)
+        positions = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3], device=self.device)
+        packing = Packing.of(torch.tensor([0, 4, 8]), self.device)
+        one = self._run(ids, positions, packing)[4:]
+        two = self._run(torch.cat([ids[:4].flip(0), ids[4:]]), positions, packing)[4:]
+        return (one - two).abs().max().item() > 1e-3 * one.abs().max().item()
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Compare with the model's own logits on a few tokens: an unknown scale or cap must not pass unnoticed."""
+        ids = torch.tensor([1, 2, 3, 0, 2, 1], device=self.device)
+        positions = torch.arange(6, device=self.device)
+        cu_seqlens = torch.tensor([0, 6])
+        ours, _ = self.logprobs(ids, positions, cu_seqlens, positions[1:])
+        extra = {"packing": Packing.of(cu_seqlens, self.device)} if self.packs else {}
+        logits = self.causal_lm(
+            input_ids=ids.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False, **extra
+        ).logits[0, :-1]
+        theirs = logits.to(ours.dtype).log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
+        gap = (ours - theirs).abs().max().item()
+        if not gap <= PROBE_TOLERANCE.get(self.head.weight.dtype, 0.5):
+            raise EngineError(
+                f"{type(self.causal_lm).__name__}: logprobs from its head differ from its own by {gap:.3g} nats, so it does "
+                "something to its logits that the trainer does not know; this architecture cannot be trained yet"
+            )
+
+
+def load_causal_lm(source: str | Path, config: ModelConfig, device: torch.device) -> PreTrainedModel:
+    """Load a causal LM onto ``device``. Raises ``EngineError`` for what cannot be found or does not fit."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = resolve_dtype(config.dtype, device)
+    # In transformers' own device map the weights go straight to the GPU, without a copy in host memory.
+    placement = {"device_map": {"": device}} if device.type == "cuda" else {}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(source), dtype=dtype, revision=config.revision, trust_remote_code=config.trust_remote_code, **placement
+        )
+    except (OSError, ValueError) as error:
+        raise EngineError(f"cannot load {source} as a causal language model: {str(error).splitlines()[0]}") from error
+    except torch.cuda.OutOfMemoryError as error:
+        raise EngineError(
+            f"{source} in {dtype} does not fit on {device}: use a smaller model or a smaller dtype"
+        ) from error
+    return model
+
+
+def _head_settings(config: Any) -> HeadSettings:
+    """Read scale and softcap under the names the architectures give them."""
+    text = config.get_text_config()
+    softcap = getattr(text, "final_logit_softcapping", None)
+    scale = None
+    if getattr(text, "logit_scale", None) is not None:  # Cohere multiplies
+        scale = float(text.logit_scale)
+    elif getattr(text, "logits_scaling", None) is not None:  # Granite divides
+        scale = 1.0 / float(text.logits_scaling)
+    elif getattr(text, "lm_head_multiplier", None) is not None:  # Falcon-H1 multiplies
+        scale = float(text.lm_head_multiplier)
+    return HeadSettings(None if softcap is None else float(softcap), scale)
+
+
+def _rope_limit(config: Any) -> int | None:
+    """Length up to which rotary frequencies do not depend on the longest sequence of a pack; ``None``: never do."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = rope.values() if rope and all(isinstance(value, dict) for value in rope.values()) else [rope]
+    limits = [
+        int(kind.get("original_max_position_embeddings") or text.max_position_embeddings)
+        for kind in kinds
+        if kind.get("rope_type") in ("dynamic", "longrope")
+    ]
+    return min(limits) if limits else None
