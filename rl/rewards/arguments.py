@@ -106,7 +106,8 @@ def _select(signature: Signature, offered: Mapping[str, Any], sample: Sample) ->
         if name not in offered:
             raise RewardError(
                 f"reward {signature.name} asks for {name}, which {sample.label} does not have "
-                f"(it has {', '.join(sample.prompt.columns) or 'no columns'}): give the argument a default or add the column"
+                f"(it has {', '.join(sample.prompt.columns) or 'no columns'}): "
+                "give the argument a default or add the column"
             )
     return {name: offered[name] for name in signature.names if name in offered}
 

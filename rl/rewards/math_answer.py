@@ -11,8 +11,8 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
 def final_answer(text: str) -> str | None:
-    r"""What a text gives as its answer: the last ``\boxed{…}``, else what follows the last ``####`` on its line, else the
-    last number; ``None`` where there is none.
+    r"""What a text gives as its answer: the last ``\boxed{…}``, else what follows the last ``####`` on its line,
+    else the last number; ``None`` where there is none.
     """
     boxed = _last_boxed(text)
     if boxed is not None:

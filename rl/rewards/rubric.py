@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,9 +20,9 @@ Scores = list[float | None]
 class Rubric:
     """A weighted set of reward functions.
 
-    Synchronous functions run one after another in a single worker thread, so they need not be thread-safe and the event
-    loop stays free; asynchronous ones run concurrently. ``None`` means "does not apply": it is left out of the total, the
-    mean and the std. A completion that no function applies to has reward 0 and is counted in ``reward/unscored``.
+    Synchronous functions run one after another in a single worker thread, so they need not be thread-safe and the
+    event loop stays free; asynchronous ones run concurrently. ``None`` means "does not apply": it is left out of the
+    total, the mean and the std. A completion that no function applies to has reward 0 and is counted in ``reward/unscored``.
     """
 
     def __init__(self, functions: Sequence[Callable[..., Any]], weights: Mapping[str, float] | None = None) -> None:
@@ -56,8 +56,8 @@ class Rubric:
         for signature in self.signatures:
             if missing := signature.missing(known):
                 raise RewardError(
-                    f"reward {signature.name} ({signature.style} style) asks for {', '.join(missing)}, which is no column "
-                    f"of the dataset (columns: {', '.join(known) or 'none'}; the style itself provides "
+                    f"reward {signature.name} ({signature.style} style) asks for {', '.join(missing)}, which is no "
+                    f"column of the dataset (columns: {', '.join(known) or 'none'}; the style itself provides "
                     f"{', '.join(signature.provided())}): rename the argument, give it a default, or add the column"
                 )
 
@@ -87,8 +87,8 @@ class Rubric:
         return results
 
     def metrics(self, groups: Iterable[RolloutGroup]) -> dict[str, Metric]:
-        """``reward/mean``, ``reward/std`` (over all completions), ``reward/unscored`` (share with no score at all) and, a
-        function, ``reward/<name>/mean``, ``/std`` and ``/applies`` (share of completions it scored). Where a function
+        """``reward/mean``, ``reward/std`` (over all completions), ``reward/unscored`` (share with no score at all)
+        and, a function, ``reward/<name>/mean``, ``/std`` and ``/applies`` (share of completions it scored). Where a function
         applied to nothing its mean and std are absent.
         """
         rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -168,7 +168,7 @@ async def _score_async(signature: Signature, samples: Sequence[Sample]) -> dict[
     return {signature.name: [outcome for outcome in outcomes if not isinstance(outcome, RewardError)]}
 
 
-async def _unwrapped_error(score: Awaitable[float | None]) -> float | None | RewardError:
+async def _unwrapped_error(score: Awaitable[float | None]) -> float | RewardError | None:
     """Hand a failure back as a value, so that the first sample's is the one reported."""
     try:
         return await score
@@ -198,7 +198,9 @@ class _Blame:
             where = f"a batch of {len(self.samples)} samples, {where} to {self.samples[-1].label}"
         hint = ""
         if isinstance(error, TypeError | KeyError | IndexError | AttributeError):
-            hint = f' (called in {self.signature.style} style; @reward(style="posttrain" | "trl" | "verifiers") changes it)'
+            hint = (
+                f" (called in {self.signature.style} style; @reward(style=…) changes it: posttrain, trl or verifiers)"
+            )
         raise RewardError(
             f"reward {self.signature.name} raised {type(error).__name__} on {where}: {error}{hint}"
         ) from error
@@ -228,17 +230,16 @@ def _score(signature: Signature, value: Any, sample: Sample) -> float | None:
         try:
             value = value.item()  # numpy and torch scalars
         except (ValueError, RuntimeError):
-            pass_value = _short(value)
             raise RewardError(
-                f"reward {signature.name} returned {pass_value} on {sample.label}: return one number"
+                f"reward {signature.name} returned {_short(value)} on {sample.label}: return one number"
             ) from None
     if not isinstance(value, bool | int | float):
         hint = (
             "" if signature.style == "trl" else '; functions that score a whole batch take completions or style="trl"'
         )
         raise RewardError(
-            f"reward {signature.name} returned {_short(value)} on {sample.label}: return a number, or None where it does "
-            f"not apply{hint}"
+            f"reward {signature.name} returned {_short(value)} on {sample.label}: return a number, or None where it "
+            f"does not apply{hint}"
         )
     if not math.isfinite(value):
         raise RewardError(
@@ -251,11 +252,3 @@ def _score(signature: Signature, value: Any, sample: Sample) -> float | None:
 def _short(value: object) -> str:
     text = repr(value)
     return f"{type(value).__name__} {text[:80]}{'…' if len(text) > 80 else ''}"
-
-
-def reward_columns(rows: Iterable[Mapping[str, Any]], limit: int = 100) -> Collection[str]:
-    """Column names that all of the first ``limit`` rows have; what ``Rubric.check`` is given for plain lists of rows."""
-    common: set[str] | None = None
-    for _, row in zip(range(limit), rows, strict=False):
-        common = set(row) if common is None else common & set(row)
-    return common or set()

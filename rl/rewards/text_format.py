@@ -21,7 +21,7 @@ def ends_with_answer(completion: str, answer: object) -> float:
 
 
 def regex_format(pattern: str, *, name: str = "regex_format") -> Callable[[str], float]:
-    """A reward that is 1 when the whole completion, blanks around it left out, matches ``pattern`` (dots match newlines).
+    """A reward that is 1 when the whole completion, blanks around it left out, matches ``pattern`` (dot: any character).
 
     Raises ``re.error`` at once for a pattern that is not valid.
     """
@@ -40,5 +40,5 @@ _TAGS = re.compile(
 
 
 def xml_tags(completion: str) -> float:
-    """1 when the completion is exactly one ``<think>…</think>`` followed by one ``<answer>…</answer>``, nothing else."""
+    """1 when the completion is exactly one ``<think>…</think>`` followed by one ``<answer>…</answer>``."""
     return float(_TAGS.fullmatch(completion.strip()) is not None)
