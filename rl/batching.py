@@ -5,6 +5,7 @@ Shape letters: B completions, K reward functions, T packed tokens.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -50,21 +51,19 @@ def assign_advantages(
     """Write ``rollout.advantage`` of every rollout; rewards carry the algorithm's length penalty from here on.
 
     A group is its place in ``groups``, never its prompt's text. Under the overlong filter truncated completions count
-    in their group's mean and std (as in DAPO, TRL and verl, which mask the loss alone) but with no loss tokens.
+    in their group's mean and std (as in DAPO, TRL and verl, which mask the loss alone) but with no loss tokens. A
+    completion to which no reward applies has none: NaN in, advantage 0 out.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     if not rollouts:
         return {}
-    lengths = [len(rollout.completion.completion_ids) for rollout in rollouts]
-    penalties = [algorithm.length_penalty(length, max_tokens) for length in lengths]
-    names = list(weights)
-    nan = math.nan
+    penalties = [algorithm.length_penalty(len(r.completion.completion_ids), max_tokens) for r in rollouts]
     inputs = AdvantageInputs(
-        rewards=_column([rollout.reward + penalty for rollout, penalty in zip(rollouts, penalties, strict=True)]),
+        rewards=_column([_total(r) + penalty for r, penalty in zip(rollouts, penalties, strict=True)]),
         group_ids=torch.tensor([index for index, group in enumerate(groups) for _ in group.rollouts]),
         lengths=torch.tensor([len(r.completion.completion_ids) if _trained(r, algorithm) else 0 for r in rollouts]),
-        components=_column([[nan if (s := r.rewards.get(n)) is None else s for n in names] for r in rollouts]),
-        weights=_column([weights[name] for name in names]),
+        components=_column([_components(r, weights, penalty) for r, penalty in zip(rollouts, penalties, strict=True)]),
+        weights=_column([*weights.values(), 1.0]),
     )
     advantages = algorithm.advantages(inputs).tolist()
     for rollout, advantage in zip(rollouts, advantages, strict=True):
@@ -101,11 +100,8 @@ def plan(groups: Sequence[RolloutGroup], algorithm: Algorithm, settings: BatchSe
 def plan_supervised(
     examples: Sequence[tuple[Sequence[int], Sequence[int]]], micro_batch_tokens: int, max_tokens: int
 ) -> list[TrainBatch]:
-    """One optimizer step of demonstrations (prompt ids, completion ids), every completion token with weight 1.
-
-    Completions longer than ``max_tokens`` are cut there.
-    """
-    sequences = [_Sequence(prompt, completion[:max_tokens], 1.0, None) for prompt, completion in examples if completion]
+    """One optimizer step of demonstrations (prompt ids, completion ids), every completion token with weight 1."""
+    sequences = [_Sequence(prompt, completion, 1.0, None) for prompt, completion in examples if completion]
     return _pack_step(sequences, BatchSettings(micro_batch_tokens, 1, max_tokens)) if sequences else []
 
 
@@ -131,6 +127,21 @@ def with_scores(
     return filled
 
 
+def _unscored(rollout: Rollout) -> bool:
+    return bool(rollout.rewards) and all(score is None for score in rollout.rewards.values())
+
+
+def _total(rollout: Rollout) -> float:
+    """The weighted total, NaN where no reward function applied."""
+    return math.nan if _unscored(rollout) else rollout.reward
+
+
+def _components(rollout: Rollout, weights: Mapping[str, float], penalty: float) -> list[float]:
+    """The raw scores in the order of ``weights``, and the length penalty as one more, of weight 1."""
+    scores = [rollout.rewards.get(name) for name in weights]
+    return [*(math.nan if s is None else s for s in scores), math.nan if _unscored(rollout) else penalty]
+
+
 def _column(values: list) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
@@ -144,7 +155,7 @@ def _trained(rollout: Rollout, algorithm: Algorithm) -> bool:
 def _deal(groups: Sequence[RolloutGroup], updates: int) -> list[Sequence[RolloutGroup]]:
     """Consecutive shares whose sizes differ by one at most."""
     bounds = [len(groups) * index // updates for index in range(updates + 1)]
-    return [groups[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [groups[start:end] for start, end in itertools.pairwise(bounds)]
 
 
 def _pack_step(sequences: Sequence[_Sequence], settings: BatchSettings) -> list[TrainBatch]:

@@ -1,5 +1,6 @@
 """Advantage estimators: rewards of one step's completions → one number each. Pure, in the type of the rewards.
 
+A completion whose reward is NaN has none: it stays out of its group's statistics and gets advantage 0.
 Equal rewards give exactly 0, and so does a group of one: both are decided by comparison, because the rounding error
 of a mean divided by an epsilon is noise that would be trained on. Groups go by id and may be uneven.
 
@@ -55,11 +56,16 @@ class _Groups:
 
 
 def _by_group(inputs: AdvantageInputs) -> _Groups:
-    return _Groups(inputs.group_ids, inputs.rewards.new_ones(inputs.rewards.numel()))
+    return _Groups(inputs.group_ids, (~inputs.rewards.isnan()).to(inputs.rewards.dtype))
+
+
+def _keep(values: Tensor, rewards: Tensor, groups: _Groups) -> Tensor:
+    """``values`` where the group's rewards differ and the completion has one, else exactly 0."""
+    return values.where(~groups.equal(rewards) & ~rewards.isnan(), 0.0)
 
 
 def _standardise(values: Tensor, groups: _Groups, epsilon: float) -> Tensor:
-    return ((values - groups.mean(values)) / (groups.std(values) + epsilon)).where(~groups.equal(values), 0.0)
+    return _keep((values - groups.mean(values)) / (groups.std(values) + epsilon), values, groups)
 
 
 def group(inputs: AdvantageInputs, epsilon: float) -> Tensor:
@@ -70,7 +76,7 @@ def group(inputs: AdvantageInputs, epsilon: float) -> Tensor:
 def group_mean(inputs: AdvantageInputs, epsilon: float) -> Tensor:
     """Dr.GRPO: R − mean, no division (2503.20783, section 3.2)."""
     groups = _by_group(inputs)
-    return (inputs.rewards - groups.mean(inputs.rewards)).where(~groups.equal(inputs.rewards), 0.0)
+    return _keep(inputs.rewards - groups.mean(inputs.rewards), inputs.rewards, groups)
 
 
 def rloo(inputs: AdvantageInputs, epsilon: float) -> Tensor:
@@ -87,24 +93,26 @@ def reinforce_pp(inputs: AdvantageInputs, epsilon: float) -> Tensor:
 def reinforce_pp_baseline(inputs: AdvantageInputs, epsilon: float) -> Tensor:
     """R − group mean, then whitened over all tokens of the step (2501.03262, section 3.2); 0 for a group of one."""
     groups = _by_group(inputs)
-    whitened = _whiten(group_mean(inputs, epsilon), inputs.lengths, epsilon)
-    return whitened.where(groups.count > 1, 0.0)
+    scored = (groups.count > 1) & ~inputs.rewards.isnan()
+    centred = group_mean(inputs, epsilon).where(scored, float("nan"))
+    return _whiten(centred, inputs.lengths, epsilon)
 
 
 def _whiten(values: Tensor, lengths: Tensor, epsilon: float) -> Tensor:
-    everything = _Groups(lengths.new_zeros(lengths.numel()), lengths.to(values.dtype))
-    return _standardise(values, everything, epsilon)
+    tokens = lengths.to(values.dtype).where(~values.isnan(), 0.0)
+    return _standardise(values, _Groups(lengths.new_zeros(lengths.numel()), tokens), epsilon)
 
 
 def opo(inputs: AdvantageInputs, epsilon: float) -> Tensor:
     """R − Σ n_j R_j / Σ n_j: the length-weighted baseline of least variance (2505.23585, eq. 9)."""
     rewards = inputs.rewards
-    baseline = _Groups(inputs.group_ids, inputs.lengths.to(rewards.dtype)).mean(rewards)
-    return (rewards - baseline).where(~_by_group(inputs).equal(rewards), 0.0)
+    tokens = inputs.lengths.to(rewards.dtype).where(~rewards.isnan(), 0.0)
+    baseline = _Groups(inputs.group_ids, tokens).mean(rewards)
+    return _keep(rewards - baseline, rewards, _by_group(inputs))
 
 
 def maxrl(inputs: AdvantageInputs, epsilon: float) -> Tensor:
-    """(R − mean) / (mean + ε): maximum likelihood of success; rewards must not be negative.
+    """(R − mean) / (mean + ε): maximum likelihood of success (2602.02710); rewards must not be negative.
 
     Raises ``ConfigError`` for a group whose mean is below 0, where the formula would change sign.
     """

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, NonNegativeFloat, PositiveFloat, SerializeAsAny
 
@@ -29,6 +29,8 @@ class Correction(BaseModel, ABC):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    importance: ClassVar[bool] = True
+    """Whether it multiplies by a ratio of policies (which a loss anchored at the sampler already does)."""
     name: str
     """Key in the table of corrections; each subclass narrows it to its own."""
 
@@ -79,6 +81,7 @@ class IcePop(Correction):
 class Opsm(Correction):
     """Off-policy sequence masking (2512.02556): drops a sequence with A < 0 whose mean log μ − log π exceeds delta."""
 
+    importance: ClassVar[bool] = False
     name: Literal["opsm"] = "opsm"
     delta: PositiveFloat = 0.5
     """Nats a token."""
@@ -116,7 +119,10 @@ def parse_correction(value: object) -> object:
     name = fields.get("name")
     if name not in CORRECTIONS:
         raise ValueError(f"unknown correction {name!r}; known: {', '.join(CORRECTIONS)}")
-    return CORRECTIONS[name](**fields)
+    kind = CORRECTIONS[name]
+    if unknown := fields.keys() - kind.model_fields:
+        raise ValueError(f"{name} has no {', '.join(sorted(unknown))}; known: {', '.join(kind.model_fields)}")
+    return kind(**fields)
 
 
 AnyCorrection = Annotated[SerializeAsAny[Correction], BeforeValidator(parse_correction)]

@@ -71,6 +71,16 @@ class Tokens:
         assert self.rollout_logprobs is not None, "rollout_logprobs are needed here"
         return (self.old_logprobs - self.rollout_logprobs).clamp(-LOG_LIMIT, LOG_LIMIT)
 
+    @property
+    def behavior_logprobs(self) -> Tensor:
+        """[T], of the policy that sampled: ``rollout_logprobs`` where present, else ``old_logprobs``."""
+        return self.old_logprobs if self.rollout_logprobs is None else self.rollout_logprobs
+
+    @property
+    def behavior_log_ratio(self) -> Tensor:
+        """[T], ``logprobs − behavior_logprobs`` held to ±20."""
+        return (self.logprobs - self.behavior_logprobs).clamp(-LOG_LIMIT, LOG_LIMIT)
+
     def sum(self, values: Tensor) -> Tensor:
         """Scalar, over loss tokens."""
         return values.where(self.mask, 0.0).sum()

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from posttrain.rl.algorithms.advantages import ADVANTAGES, AdvantageName
 from posttrain.rl.algorithms.base import AdvantageInputs, Algorithm, LossInputs, LossOutput
@@ -33,10 +33,10 @@ class Surrogate:
     loss: Tensor
     ratio: Tensor
     """The importance ratio this loss looks at, of the token or of its sequence."""
-    clipped_low: Tensor
-    """bool, held back because the ratio is too small."""
-    clipped_high: Tensor
-    """bool, held back because the ratio is too large."""
+    clipped_low: Tensor | None = None
+    """bool, held back because the ratio is too small; ``None``: nowhere."""
+    clipped_high: Tensor | None = None
+    """bool, held back because the ratio is too large; ``None``: nowhere."""
 
 
 class PolicyGradient(Algorithm):
@@ -109,7 +109,9 @@ class PolicyGradient(Algorithm):
 
     def _report(self, surrogate: Surrogate, tokens: Tokens) -> dict[str, Metric]:
         ratio = surrogate.ratio.detach()
-        low, high = (mask.to(ratio.dtype) for mask in (surrogate.clipped_low, surrogate.clipped_high))
+        nowhere = tokens.mask.new_zeros(())
+        flags = (nowhere if mask is None else mask for mask in (surrogate.clipped_low, surrogate.clipped_high))
+        low, high = (mask.to(ratio.dtype).expand_as(ratio) for mask in flags)
         metrics: dict[str, Metric] = {
             "policy/ratio_mean": _mean(ratio, tokens),
             "policy/ratio_max": Max(ratio.where(tokens.mask, 0.0).max()),
@@ -193,6 +195,26 @@ class ClippedPolicyGradient(PolicyGradient):
         low = (ratio < 1 - self.clip_low) & (advantages < 0)
         high = (ratio > 1 + self.clip_high) & (advantages > 0)
         return Surrogate(loss, ratio, low, high)
+
+
+class SamplerAnchored(PolicyGradient):
+    """A loss whose ratio is taken to the policy that sampled (``rollout_logprobs``), so that drift and the mismatch
+    between sampler and trainer count alike; to ``old_logprobs`` where the sampler's are absent.
+    """
+
+    @model_validator(mode="after")
+    def _no_second_ratio(self) -> Self:
+        if self.correction is not None and self.correction.importance:
+            raise ValueError(
+                f"{self.name} already weighs by the ratio to the sampler, and correction {self.correction.name} would "
+                "do it again: remove the correction (opsm combines)"
+            )
+        return self
+
+    @property
+    def needs_rollout_logprobs(self) -> bool:
+        """Always."""
+        return True
 
 
 def _mean(values: Tensor, tokens: Tokens) -> Mean:
