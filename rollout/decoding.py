@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -56,6 +56,8 @@ def decode(model: nn.Module, requests: Sequence[Request], params: SamplingParams
         logprobs_BV = sampling.processed_logprobs(batch.logits_BV, params, vocab_size)
         tokens_B = sampling.draw(logprobs_BV, batch.uniforms_B(), greedy=greedy)
         chosen_B = logprobs_BV.gather(1, tokens_B[:, None]).squeeze(1)
+        if not bool(chosen_B.isfinite().all()):
+            raise EngineError("the model gave logits that are not finite: the weights or the adapter are broken")
         finished = []
         for row, token, logprob in zip(active, tokens_B.tolist(), chosen_B.tolist()):
             sample = samples[row]
@@ -97,7 +99,7 @@ class _Batch:
             input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
         mask = mask.to(self._device)
-        self._cache: Any = None
+        self._cache = cast(Any, None)
         self._mask = mask
         self._width = width
         self._step = 0

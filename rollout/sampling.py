@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def processed_logprobs(logits_BV: Tensor, params: SamplingParams, vocab_size: int) -> Tensor:
-    """Log-probabilities [B, V] of the distribution a token is drawn from: ``-inf`` outside the kept set, renormalised in it.
+    """Log-probabilities [B, V] of the distribution to draw from: ``-inf`` outside the kept set, renormalised inside.
 
     Ids from ``vocab_size`` on (a padded vocabulary) are never kept. At temperature 0 the result is the plain
     log-softmax, as vLLM reports it: greedy choice is left to ``draw``, truncation cannot change it.
@@ -40,7 +40,7 @@ def processed_logprobs(logits_BV: Tensor, params: SamplingParams, vocab_size: in
 
 
 def _keep_nucleus(logits_BV: Tensor, top_p: float) -> Tensor:
-    """Keep the most probable tokens until their mass reaches ``top_p`` (1904.09751); the most probable one always stays."""
+    """Keep the most probable tokens until their mass reaches ``top_p`` (1904.09751); the first always stays."""
     ascending, order = logits_BV.sort(dim=-1)
     below = ascending.softmax(-1).cumsum(-1)
     dropped = below <= 1 - top_p
@@ -63,6 +63,6 @@ def draw(logprobs_BV: Tensor, uniforms_B: Tensor, *, greedy: bool) -> Tensor:
 
 
 def uniforms(seeds: list[int], length: int) -> Tensor:
-    """float64 [B, length] on the CPU: each row from a generator of its own, so that a sample does not depend on its batch."""
+    """float64 [B, length] on the CPU, each row from a generator of its own."""
     rows = [torch.rand(length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
     return torch.stack(rows)

@@ -25,7 +25,7 @@ _PEFT_PREFIX = "base_model.model."
 
 
 class TransformersEngine:
-    """``Engine`` over a transformers model. Its LoRA tensors are its own; the base may be the trainer's (``base_weights``)."""
+    """``Engine`` over a transformers model. Its LoRA tensors are its own; the base may be the trainer's."""
 
     def __init__(
         self,
@@ -36,9 +36,9 @@ class TransformersEngine:
         base_weights: Mapping[str, Tensor] | None = None,
         device: str = "auto",
     ) -> None:
-        """Load ``source`` (hub name or folder), or build it around ``base_weights`` (parameter name → tensor) without a copy.
+        """Load ``source`` (hub name or folder), or build it around ``base_weights`` without a copy.
 
-        With ``base_weights`` the device and type are those of the tensors, and ``device`` is not looked at.
+        ``base_weights`` maps parameter names to tensors; device and type are theirs, and ``device`` is not looked at.
         """
         from transformers import AutoTokenizer
 
@@ -48,7 +48,7 @@ class TransformersEngine:
         self._shared = base_weights is not None
         self._model = self._load(device) if base_weights is None else self._wrap(base_weights)
         self._model.requires_grad_(False).eval()
-        self._vocab_size = min(self._model.config.vocab_size, _vocabulary(self._tokenizer))
+        self._vocab_size = min(self._model.config.vocab_size, vocabulary_size(self._tokenizer))
         self._adapter_config: dict[str, Any] | None = None
         self._policy_version = 0
         self._asleep = False
@@ -74,7 +74,7 @@ class TransformersEngine:
         return cast("list[list[Completion]]", result)
 
     def load_adapter(self, adapter: Adapter) -> str:
-        """See ``Engine.load_adapter``. ``full`` overwrites the weights in place and is refused where they are shared."""
+        """See ``Engine.load_adapter``. ``full`` overwrites the weights in place: refused where they are shared."""
         if adapter.kind == "full":
             held = self._load_full(adapter)
         else:
@@ -115,7 +115,7 @@ class TransformersEngine:
 
     def _wrap(self, base_weights: Mapping[str, Tensor]) -> Any:
         """A model whose parameters are ``base_weights`` themselves; only its buffers are built anew."""
-        from accelerate import init_empty_weights
+        from accelerate import init_empty_weights  # type: ignore[import-untyped]
         from transformers import AutoConfig, AutoModelForCausalLM
 
         first = next(iter(base_weights.values()))
@@ -135,7 +135,8 @@ class TransformersEngine:
         missing += [name for name, _ in model.named_buffers() if name in model.state_dict() and name not in weights]
         if missing or unexpected:
             raise EngineError(
-                f"the shared weights do not fit {self._source}: missing {_some(missing)}, unexpected {_some(unexpected)}"
+                f"the shared weights do not fit {self._source}: "
+                f"missing {_some(missing)}, unexpected {_some(unexpected)}"
             )
         return model.to(first.device)  # moves the buffers; the parameters are there already
 
@@ -243,7 +244,7 @@ def _some(names: Sequence[str]) -> str:
     return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}" if names else "none"
 
 
-def _vocabulary(tokenizer: Any) -> int:
+def vocabulary_size(tokenizer: Any) -> int:
     """One past the largest token id the tokenizer knows."""
     return max(tokenizer.get_vocab().values()) + 1
 
