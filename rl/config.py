@@ -1,6 +1,6 @@
 """The configuration tree: frozen, every key checked, documented once, at the field.
 
-Three ways in: a TOML file (``load``), ``rl.train``'s keyword arguments (``from_settings``), a dict (``Config(**tree)``).
+Three ways in: a TOML file (``load``), ``rl.train``'s keyword arguments (``from_settings``), a dict (``build``).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _named(key: str) -> BeforeValidator:
 
 
 class RandomModel(Section):
-    """A model with random weights, built from a transformers configuration; for tests, benchmarks and the quick start."""
+    """A random-weight model, built from a transformers configuration; for tests, benchmarks and the quick start."""
 
     config: dict[str, Any]
     """Keyword arguments of the architecture's configuration, ``model_type`` included."""
@@ -64,7 +64,7 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
     """Run model code from the hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
-    """Type of the weights and activations; auto: bfloat16 on a GPU that has it (float16 before Ampere), float32 on a CPU."""
+    """Type of weights and activations; auto: bfloat16 on a GPU that has it (float16 before Ampere), float32 on a CPU."""
     chat_template: str | None = None
     """A Jinja chat template, or the path of one, in place of the tokenizer's."""
 
@@ -181,6 +181,8 @@ class TrainerConfig(Section):
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    cpu_threads: PositiveInt | None = None
+    """Threads that sampler and trainer each use on a CPU; by default 1 for a small model, else every core."""
 
 
 class EvalConfig(Section):
@@ -268,7 +270,7 @@ class Config(Section):
         truncated = rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0
         if truncated and algorithm.needs_rollout_logprobs:
             raise ValueError(
-                f"rollout.top_p/top_k/min_p cut the sampler's distribution, and algorithm.correction ({algorithm.name}) "
+                f"rollout.top_p/top_k/min_p cut the sampler's distribution, and {algorithm.name}'s correction "
                 "compares it with the trainer's full one: switch the truncation off or remove the correction"
             )
         if trainer.method == "full" and algorithm.needs_reference:
@@ -307,6 +309,12 @@ class Config(Section):
         return self.model_dump(mode="json", exclude_none=True)
 
 
+_SHORTHANDS = {"model": "name", "data": "dataset", "algorithm": "name"}
+"""Section → the field that a bare string stands for."""
+_FLAT = ("model", "data", "rollout", "trainer", "logging")
+"""Sections whose fields ``from_settings`` takes by their own names."""
+
+
 def build(tree: Mapping[str, Any]) -> Config:
     """Validate a nested dict; raises ``ConfigError`` with one line a problem."""
     try:
@@ -329,16 +337,17 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     return build(tree)
 
 
-def from_settings(**settings: object) -> Config:
-    """Build from keyword arguments: sections (``rollout={…}``), or any field of a section by its own name
-    (``group_size=8``) where only one section has it. ``dataset`` means ``data.dataset``.
+def from_settings(onto: Mapping[str, Any] | None = None, /, **settings: object) -> Config:
+    """Build from keyword arguments: sections (``rollout={…}``), or a field of data, rollout, trainer or logging by its
+    own name (``group_size=8``) where only one of them has it. ``onto``: a tree that the settings change.
     """
     homes = _homes()
-    tree: dict[str, Any] = {}
+    tree: dict[str, Any] = dict(onto or {})
     flat: list[tuple[str, str, object]] = []
     for key, value in settings.items():
         if key in Config.model_fields:
-            tree[key] = value
+            section = _as_table(key, value)
+            tree[key] = {**_as_table(key, tree[key]), **section} if key in _sections() and key in tree else section
         elif len(sections := homes.get(key, [])) == 1:
             flat.append((sections[0], key, value))
         elif sections:
@@ -347,13 +356,15 @@ def from_settings(**settings: object) -> Config:
         else:
             raise ConfigError(f"unknown setting {key}{_did_you_mean(key, [*Config.model_fields, *homes])}")
     for section, key, value in flat:
-        current = tree.get(section, {})
-        if isinstance(current, str):
-            current = {"dataset" if section == "data" else "name": current}
-        if isinstance(current, BaseModel):
-            current = current.model_dump(exclude_unset=True)
-        tree[section] = {**current, key: value}
+        tree[section] = {**_as_table(section, tree.get(section, {})), key: value}
     return build(tree)
+
+
+def _as_table(section: str, value: Any) -> Any:
+    """A section's shorthand string or model as the table it stands for; anything else as it is."""
+    if isinstance(value, str) and section in _SHORTHANDS:
+        return {_SHORTHANDS[section]: value}
+    return value.model_dump(exclude_unset=True) if isinstance(value, Section) else value
 
 
 def _sections() -> dict[str, type[BaseModel]]:
@@ -367,10 +378,10 @@ def _sections() -> dict[str, type[BaseModel]]:
 
 
 def _homes() -> dict[str, list[str]]:
-    """Field name → the sections that have it; ``dataset`` belongs to ``data``, warm starts are spelled out."""
+    """Field name → the sections that have it, of those whose fields may be given by their own names."""
     homes: dict[str, list[str]] = {}
     for section, model in _sections().items():
-        if section != "warm_start":
+        if section in _FLAT:
             for field in model.model_fields:
                 homes.setdefault(field, []).append(section)
     return homes
@@ -388,9 +399,7 @@ def _set(tree: dict[str, Any], override: str) -> None:
     *parents, leaf = key.strip().split(".")
     node = tree
     for depth, parent in enumerate(parents):
-        child = node.get(parent, {})
-        if isinstance(child, str):  # the shorthand: model = "name", data = "dataset", algorithm = "gspo"
-            child = {"dataset" if parent == "data" else "name": child}
+        child = _as_table(parent, node.get(parent, {}))
         if not isinstance(child, dict):
             raise ConfigError(f"--set {override}: {'.'.join(parents[: depth + 1])} is not a table")
         node[parent] = child

@@ -1,1 +1,1 @@
-
+"""The loop and what runs it: protocols, rollouts, weight publishing, placement, the run itself."""

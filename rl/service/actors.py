@@ -1,0 +1,61 @@
+"""Ray actors: the engine and the trainer as they are, each in a process of its own, and a ``Caller`` to reach them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from posttrain.rl.errors import EngineError, PosttrainError
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """Use the Ray that is already connected; otherwise start one on this machine and stop it at the end."""
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+class ActorCaller:
+    """A ``Caller`` over one Ray actor that lives and dies with it."""
+
+    def __init__(self, actor: Any, name: str) -> None:
+        self._actor = actor
+        self._name = name
+        self._open = True
+
+    async def __call__(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """See ``Caller``; our own errors arrive as they were raised, a dead process as ``EngineError``."""
+        try:
+            return await getattr(self._actor, method).remote(*args, **kwargs)
+        except RayTaskError as error:
+            if isinstance(error.cause, PosttrainError):
+                raise error.cause from None
+            raise
+        except RayActorError as error:
+            raise EngineError(
+                f"the {self._name}'s process died ({str(error).splitlines()[0]}); "
+                "resume the run from its last checkpoint with: posttrain train --resume RUN"
+            ) from None
+
+    async def close(self) -> None:
+        """See ``Caller``."""
+        if self._open:
+            self._open = False
+            ray.kill(self._actor)
+
+
+def start(kind: type, name: str, *args: Any, cpu_threads: int, gpu_share: float, **kwargs: Any) -> ActorCaller:
+    """Start ``kind(*args, **kwargs)`` as an actor; construction runs in its process, errors show at the first call."""
+    options: dict[str, Any] = {"num_cpus": 0, "num_gpus": gpu_share, "max_restarts": 0, "max_task_retries": 0}
+    options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(cpu_threads)}}
+    return ActorCaller(ray.remote(kind).options(**options).remote(*args, **kwargs), name)

@@ -1,0 +1,36 @@
+"""A ``Caller`` in this process: the object works on a thread of its own, so that sampler and trainer can overlap."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+
+class ThreadCaller:
+    """Owns ``target`` (anything with ``close``) and calls it on one thread."""
+
+    def __init__(self, target: Any, name: str, cpu_threads: int) -> None:
+        self._target = target
+        self._executor = ThreadPoolExecutor(1, name, initializer=partial(_set_threads, cpu_threads))
+        self._open = True
+
+    async def __call__(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """See ``Caller``."""
+        call = partial(getattr(self._target, method), *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+
+    async def close(self) -> None:
+        """See ``Caller``; waits for the call in flight."""
+        if self._open:
+            self._open = False
+            await self("close")
+            self._executor.shutdown()
+
+
+def _set_threads(count: int) -> None:
+    """OpenMP keeps its thread count per calling thread, so it has to be set on the thread that computes."""
+    import torch
+
+    torch.set_num_threads(count)

@@ -1,0 +1,94 @@
+"""Where the sampler and the trainer live: both in this process around one copy of the base, or in two Ray actors."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from posttrain.rl.errors import EngineError
+from posttrain.rl.service.handles import LearnerHandle, SamplerHandle
+
+if TYPE_CHECKING:
+    from posttrain.rl.config import Config
+    from posttrain.rl.service.handles import Caller
+
+SMALL_MODEL_BYTES = 200_000_000
+"""Below this a second CPU thread costs more than it brings."""
+
+
+def engine_name(config: Config) -> str:
+    """The engine that ``rollout.engine`` stands for on this machine; raises where it cannot run."""
+    import torch
+
+    installed = importlib.util.find_spec("vllm") is not None
+    wanted = config.rollout.engine
+    if wanted == "vllm" and not installed:
+        raise EngineError('rollout.engine = "vllm" needs vLLM: pip install "posttrain[vllm]", or use "transformers"')
+    if wanted == "auto":
+        return "vllm" if installed and torch.cuda.is_available() and config.trainer.device != "cpu" else "transformers"
+    return wanted
+
+
+def cpu_threads(config: Config, source: str) -> int:
+    """Threads for each of sampler and trainer on a CPU."""
+    if config.trainer.cpu_threads:
+        return config.trainer.cpu_threads
+    weights = sum(file.stat().st_size for file in Path(source).glob("*.safetensors"))
+    if 0 < weights < SMALL_MODEL_BYTES:
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // 2) if config.rollout.max_staleness else cores
+
+
+@asynccontextmanager
+async def place(config: Config, source: str) -> AsyncIterator[tuple[SamplerHandle, LearnerHandle]]:
+    """Start sampler and trainer as ``config.placement`` says; both are closed on leaving, whatever happened."""
+    async with AsyncExitStack() as stack:
+        if config.placement == "ray":
+            from posttrain.rl.service.actors import ray_session
+
+            stack.enter_context(ray_session())
+            sampler, learner = _actors(config, source)
+        else:
+            sampler, learner = _embedded(config, source)
+        stack.push_async_callback(learner.close)
+        stack.push_async_callback(sampler.close)
+        yield SamplerHandle(sampler), LearnerHandle(learner)
+
+
+def _embedded(config: Config, source: str) -> tuple[Caller, Caller]:
+    """Both in this process; a LoRA run on the transformers engine holds the base weights once."""
+    from posttrain.rl.service.local import ThreadCaller
+    from posttrain.trainer.trainer import Trainer
+
+    threads = cpu_threads(config, source)
+    if engine_name(config) == "vllm":  # first, alone: it measures the GPU's free memory
+        engine = _engine_class("vllm")(source, config.model, config.rollout, **_vllm_options(config))
+        trainer = Trainer(source, config.model, config.trainer, seed=config.seed)
+    else:
+        trainer = Trainer(source, config.model, config.trainer, seed=config.seed)
+        shared = trainer.base_weights() if config.trainer.method == "lora" else None
+        engine = _engine_class("transformers")(
+            source, config.model, config.rollout, base_weights=shared, device=config.trainer.device
+        )
+    return ThreadCaller(engine, "sampler", threads), ThreadCaller(trainer, "trainer", threads)
+
+
+def _actors(config: Config, source: str) -> tuple[Caller, Caller]:
+    """Two Ray actors, half a GPU each where there is one."""
+    import torch
+
+    from posttrain.rl.service.actors import start
+    from posttrain.trainer.trainer import Trainer
+
+    threads, name = cpu_threads(config, source), engine_name(config)
+    gpu = 0.5 if torch.cuda.is_available() and config.trainer.device != "cpu" else 0.0
+    options = _vllm_options(config) if name == "vllm" else {"device": config.trainer.device}
+    placed = {"cpu_threads": threads, "gpu_share": gpu}
+    sampler = start(_engine_class(name), "sampler", source, config.model, config.rollout, **placed, **options)
+    learner = start(Trainer, "trainer", source, config.model, config.trainer, **placed, seed=config.seed)
+    return sampler, learner

@@ -1,0 +1,141 @@
+"""From the data cursor to a step's scored rollouts: prompts, sampling, rewards, dynamic sampling with refill."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from posttrain.rl import metrics
+from posttrain.rl.metrics import Max, Mean, Metric, Std, Sum
+from posttrain.rl.types import Completion, Prompt, Rollout, RolloutGroup, SamplingParams
+
+if TYPE_CHECKING:
+    from posttrain.rl.config import Config
+    from posttrain.rl.data import PromptSource
+    from posttrain.rl.rewards.rubric import Rubric
+    from posttrain.rl.service.protocols import Sampler
+
+_METRICS: dict[str, type] = {"Mean": Mean, "Sum": Sum, "Max": Max, "Std": Std}
+
+
+@dataclass(slots=True)
+class Batch:
+    """The rollouts of one step."""
+
+    step: int
+    groups: list[RolloutGroup]
+    """What is trained on."""
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    """Over everything sampled, groups left out by dynamic sampling included."""
+    cursor: dict[str, Any] = field(default_factory=dict)
+    """The data cursor after this batch."""
+
+
+def sampling_params(config: Config, stop_token_ids: tuple[int, ...]) -> SamplingParams:
+    """How training rollouts are drawn."""
+    rollout = config.rollout
+    return SamplingParams(
+        max_tokens=rollout.max_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        min_p=rollout.min_p,
+        stop_token_ids=stop_token_ids,
+        seed=config.seed,
+    )
+
+
+def tied(group: RolloutGroup) -> bool:
+    """Whether all completions of a group earned the same: nothing to learn from."""
+    return len({rollout.reward for rollout in group.rollouts}) < 2
+
+
+class Producer:
+    """Produces one batch a step. Not reentrant: the caller serialises ``produce``."""
+
+    def __init__(
+        self, config: Config, sampler: Sampler, rubric: Rubric, source: PromptSource, stop_token_ids: tuple[int, ...]
+    ) -> None:
+        self._config = config
+        self._sampler = sampler
+        self._rubric = rubric
+        self._source = source
+        self._params = sampling_params(config, stop_token_ids)
+
+    async def produce(self, step: int) -> Batch:
+        """Sample and score until the step has its prompts, or the refills are spent."""
+        wanted = self._config.rollout.prompts_per_step
+        drop_ties = self._config.algorithm.drops_equal_groups
+        kept: list[RolloutGroup] = []
+        parts: list[Mapping[str, Metric]] = []
+        for _ in range(1 + self._config.rollout.max_refills):
+            dropped = self._source.dropped
+            prompts = self._source.take(wanted - len(kept))
+            groups, part = await self._sample(step, prompts)
+            parts += [part, {"rollout/prompts_too_long": Sum(float(self._source.dropped - dropped))}]
+            kept += [group for group in groups if not (drop_ties and tied(group))]
+            if len(kept) == wanted or not drop_ties:
+                break
+        return Batch(step, kept, metrics.merge(parts), self._source.state())
+
+    async def _sample(self, step: int, prompts: list[Prompt]) -> tuple[list[RolloutGroup], dict[str, Metric]]:
+        started = time.perf_counter()
+        completions = await self._sampler.sample(prompts, self._config.rollout.group_size, self._params)
+        sampled = time.perf_counter()
+        groups = await self._rubric.score(list(zip(prompts, completions, strict=True)), step=step)
+        scored = time.perf_counter()
+        figures: dict[str, Metric] = {
+            **self._rubric.metrics(groups),
+            **rollout_metrics(groups),
+            "time/rollout_s": Sum(sampled - started),
+            "time/reward_s": Sum(scored - sampled),
+        }
+        return groups, figures
+
+
+def rollout_metrics(groups: list[RolloutGroup]) -> dict[str, Metric]:
+    """Lengths, truncation and ties of what was sampled."""
+    completions = [rollout.completion for group in groups for rollout in group.rollouts]
+    lengths = [float(len(completion.completion_ids)) for completion in completions]
+    truncated = sum(completion.finish_reason == "length" for completion in completions)
+    prompt_tokens = [len(group.prompt.prompt_ids) for group in groups]
+    return {
+        "rollout/completion_tokens": Mean(sum(lengths), float(len(lengths))),
+        "rollout/completion_tokens_std": Std.of(lengths),
+        "rollout/completion_tokens_max": Max(max(lengths, default=0.0)),
+        "rollout/prompt_tokens": Mean(float(sum(prompt_tokens)), float(len(prompt_tokens))),
+        "rollout/truncated": Mean(float(truncated), float(len(completions))),
+        "rollout/tied_groups": Mean(float(sum(map(tied, groups))), float(len(groups))),
+        "rollout/groups": Sum(float(len(groups))),
+    }
+
+
+def batch_to_json(batch: Batch) -> dict[str, Any]:
+    """A batch as plain data, for the checkpoint of a run that generates ahead. Floats survive exactly."""
+    return {
+        "step": batch.step,
+        "groups": [asdict(group) for group in batch.groups],
+        "metrics": {
+            key: [type(metric).__name__, *(float(part) for part in asdict(metric).values())]  # type: ignore[call-overload]
+            for key, metric in batch.metrics.items()
+        },
+        "cursor": batch.cursor,
+    }
+
+
+def batch_from_json(data: Mapping[str, Any]) -> Batch:
+    """Undo ``batch_to_json``."""
+    groups = []
+    for group in data["groups"]:
+        prompt = Prompt(**{**group["prompt"], "prompt_ids": tuple(group["prompt"]["prompt_ids"])})
+        rollouts = []
+        for rollout in group["rollouts"]:
+            fields = rollout["completion"]
+            fields["completion_ids"] = tuple(fields["completion_ids"])
+            fields["rollout_logprobs"] = tuple(fields["rollout_logprobs"])
+            rollouts.append(Rollout(**{**rollout, "completion": Completion(**fields)}))
+        groups.append(RolloutGroup(prompt, rollouts))
+    figures = {key: _METRICS[kind](*parts) for key, (kind, *parts) in data["metrics"].items()}
+    return Batch(data["step"], groups, figures, data["cursor"])

@@ -1,0 +1,281 @@
+"""One run from configuration to result: gather, check, place, loop, plot. ``rl.train`` and the command line end here."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from posttrain.rl.config import Config
+from posttrain.rl.data import PromptSource, make_prompts
+from posttrain.rl.errors import ConfigError
+from posttrain.rl.run_dir import RunDir
+from posttrain.rl.service import inputs, state
+from posttrain.rl.service.controller import Controller, Parts
+from posttrain.rl.service.evaluation import Evaluator
+from posttrain.rl.service.inputs import Given, Inputs
+from posttrain.rl.service.learning import LearningStep
+from posttrain.rl.service.placement import place
+from posttrain.rl.service.production import Producer
+from posttrain.rl.service.random_model import materialize
+from posttrain.rl.service.warm_start import warm_start
+from posttrain.rl.service.weight_sync import publish
+from posttrain.rl.sinks import Sinks, open_sinks
+
+if TYPE_CHECKING:
+    from posttrain.rl.service.protocols import Learner, Sampler
+    from posttrain.rollout.chat import ChatEncoder
+
+R = TypeVar("R")
+
+
+@dataclass(slots=True, frozen=True)
+class RunResult:
+    """A finished run."""
+
+    run_dir: Path
+    metrics: list[dict[str, Any]]
+    """One dict a step, as in ``metrics.jsonl``."""
+    checkpoint: Path
+    """Newest checkpoint: a LoRA adapter that peft loads, or a full model that transformers loads."""
+    plot: Path | None
+    """The reward curve, where ``logging.plot`` asked for it."""
+
+
+def train(
+    config: Config, *, resume: Path | None = None, base: Path | None = None, given: Given | None = None
+) -> RunResult:
+    """Train as ``config`` says, or go on with the run ``resume``; relative paths in ``config`` start at ``base``.
+
+    Ctrl-C saves a checkpoint and raises ``KeyboardInterrupt``; a second one stops at once. Raises ``PosttrainError``
+    for anything the user can put right, before a model is loaded wherever that can be known.
+    """
+    given = given or Given()
+    gathered = inputs.gather(config, given, base)
+    run = RunDir.open(resume) if resume else None
+    source = _source(config, base)
+    if source is not None:
+        _preflight(config, source)
+    if run is None:
+        run = RunDir.create(config.output_dir, config.run_name, config.tree(), base=base)
+    with run.lock():
+        if resume:
+            run.write_config(config.tree())
+        source = source or materialize(config.model, run.model_dir)
+        interrupted = _run_to_end(partial(_train, config, run, gathered, source, bool(resume)))
+    if interrupted:
+        raise KeyboardInterrupt
+    newest = run.latest_checkpoint()
+    assert newest is not None, "a run that ended has a checkpoint"
+    return RunResult(run.path, run.metrics(), newest[1], run.plot_file if config.logging.plot else None)
+
+
+def evaluate(config: Config, *, checkpoint: Path | None = None, base: Path | None = None) -> dict[str, float]:
+    """Figures (``eval/…``) of a checkpoint, or of the untrained model, on the held-out rows."""
+    gathered = inputs.gather(config, Given(), base)
+    if gathered.eval_rows is None:
+        raise ConfigError("nothing to evaluate on: set data.eval_split, data.eval_dataset or data.eval_rows")
+    source = _source(config, base)
+    if source is None:
+        if checkpoint is None:
+            raise ConfigError("a random model exists only inside its run: give the run to evaluate")
+        source = str(RunDir.find(checkpoint)[0].model_dir)
+    return _run_to_end(partial(_evaluate, config, gathered, source, checkpoint))
+
+
+def _source(config: Config, base: Path | None) -> str | None:
+    """Folder or hub name of the model; ``None`` for a random one, which is written into the run first."""
+    name = config.model.name
+    if name is None:
+        return None
+    local = ((base or Path.cwd()) / Path(name).expanduser()).resolve()
+    if local.is_dir():
+        return str(local)
+    if name.startswith(("/", "./", "../", "~")):
+        raise ConfigError(f"model.name: no folder {local}")
+    return name
+
+
+def _preflight(config: Config, source: str) -> None:
+    """What can be known about a model before it is loaded: that it is there, has a tokenizer, and fits."""
+    from posttrain.rl.memory import check_fits
+
+    _encoder(config, source)
+    check_fits(config.model_copy(update={"model": config.model.model_copy(update={"name": source})}))
+
+
+def _encoder(config: Config, source: str) -> ChatEncoder:
+    from posttrain.rollout.chat import load_encoder
+
+    return load_encoder(source, config.model, config.data, config.rollout)
+
+
+async def _train(config: Config, run: RunDir, gathered: Inputs, source: str, resume: bool, stops: _Stops) -> bool:
+    """Build every part and run the loop; returns whether it was stopped."""
+    from posttrain.trainer.optim import learning_rate_at
+
+    progress = _progress(run) if resume else state.Progress()
+    encoder = _encoder(config, source)
+    prompts = PromptSource(gathered.rows, config.data, config.seed, encode=encoder.encode)
+    if progress.cursor:
+        prompts.restore(progress.cursor)
+    sinks = open_sinks(config.logging, run, config.steps, first_step=progress.step)
+    try:
+        async with place(config, source) as (sampler, learner):
+            if progress.resumed:
+                await learner.load(run.checkpoint_dir(progress.step))
+            parts = Parts(
+                config=config,
+                run=run,
+                sampler=sampler,
+                learner=learner,
+                producer=Producer(config, sampler, gathered.rubric, prompts, encoder.stop_token_ids),
+                learning=LearningStep(
+                    config,
+                    learner,
+                    gathered.rubric.weights,
+                    lambda step: learning_rate_at(step, config.steps, config.trainer),
+                ),
+                sinks=sinks,
+                evaluator=_evaluator(config, gathered, encoder, sampler),
+                warm_start=_warm_start(config, gathered, encoder, learner, sinks),
+            )
+            controller = Controller(parts, progress)
+            stops.connect(controller.request_stop, sinks.message)
+            await controller.run()
+        if config.logging.plot and run.metrics():
+            from posttrain.rl.plot import write_reward_plot
+
+            sinks.message(f"reward curve: {write_reward_plot(run)}")
+        sinks.message(f"run: {run.path}")
+    finally:
+        sinks.close()
+    return stops.requested
+
+
+def _progress(run: RunDir) -> state.Progress:
+    """Where a run to be resumed stands; metrics and samples of later steps are forgotten."""
+    newest = run.latest_checkpoint()
+    progress = state.read(newest[1]) if newest else state.Progress()
+    run.truncate_after(progress.step if newest else -1)
+    return progress
+
+
+def _evaluator(config: Config, gathered: Inputs, encoder: ChatEncoder, sampler: Sampler) -> Evaluator | None:
+    if not config.evaluation.every or gathered.eval_rows is None:
+        return None
+    return _make_evaluator(config, gathered, encoder, sampler)
+
+
+def _make_evaluator(config: Config, gathered: Inputs, encoder: ChatEncoder, sampler: Sampler) -> Evaluator:
+    assert gathered.eval_rows is not None
+    prompts = [encoder.encode(p) for p in make_prompts(gathered.eval_rows, config.data)]
+    fitting = [p for p in prompts if len(p.prompt_ids) <= config.data.max_prompt_tokens]
+    if not fitting:
+        raise ConfigError(
+            f"every held-out prompt is longer than data.max_prompt_tokens = {config.data.max_prompt_tokens}"
+        )
+    return Evaluator(config, sampler, gathered.rubric, fitting, encoder.stop_token_ids)
+
+
+def _warm_start(
+    config: Config, gathered: Inputs, encoder: ChatEncoder, learner: Learner, sinks: Sinks
+) -> Callable[[], Coroutine[Any, Any, dict[str, float]]] | None:
+    settings = config.warm_start
+    if settings is None:
+        return None
+    examples = [
+        (encoder.encode(prompt).prompt_ids, encoder.encode_completion(text)) for prompt, text in gathered.demonstrations
+    ]
+    return partial(warm_start, config, settings, learner, examples, sinks.message)
+
+
+async def _evaluate(
+    config: Config, gathered: Inputs, source: str, checkpoint: Path | None, stops: _Stops
+) -> dict[str, float]:
+    encoder = _encoder(config, source)
+    async with place(config, source) as (sampler, learner):
+        if checkpoint is not None:
+            await learner.load(checkpoint)
+        await publish(learner, sampler)
+        figures, _ = await _make_evaluator(config, gathered, encoder, sampler).evaluate()
+    return figures
+
+
+class _Stops:
+    """Ctrl-C and SIGTERM: the first asks the loop to save and stop, the second ends the process."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._loop = asyncio.get_running_loop()
+        self._ask: Callable[[], None] | None = None
+        self._say: Callable[[str], None] | None = None
+
+    def connect(self, ask: Callable[[], None], say: Callable[[str], None]) -> None:
+        """From now on there is something to save."""
+        self._ask, self._say = ask, say
+
+    def request(self) -> None:
+        """One signal."""
+        if self.requested or self._ask is None or self._say is None:
+            os._exit(130)  # a thread in the middle of sampling cannot be interrupted; checkpoints are atomic
+        self.requested = True
+        self._say("stopping: what is in flight is finished and saved; once more to stop at once")
+        self._ask()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle signals for the while; only the main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._loop.add_signal_handler(number, self.request)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._loop.remove_signal_handler(number)
+
+
+def _run_to_end(job: Callable[[_Stops], Coroutine[Any, Any, R]]) -> R:
+    """Run a coroutine from plain code, or from a notebook, whose own event loop is busy with the cell."""
+    started: list[_Stops] = []
+
+    async def listening() -> R:
+        stops = _Stops()
+        started.append(stops)
+        with stops.listening():
+            return await job(stops)
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(listening())
+    outcome: list[R] = []
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            outcome.append(asyncio.run(listening()))
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=work, name="posttrain")
+    thread.start()
+    while thread.is_alive():
+        try:
+            thread.join(0.2)
+        except KeyboardInterrupt:
+            for stops in started:
+                stops._loop.call_soon_threadsafe(stops.request)
+    if failure:
+        raise failure[0]
+    return outcome[0]

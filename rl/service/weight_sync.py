@@ -1,0 +1,38 @@
+"""Publishing trained weights to the sampler, and proof that they arrived."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from posttrain.rl.errors import EngineError
+from posttrain.rl.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from posttrain.rl.service.protocols import Learner, Sampler
+
+
+@dataclass(slots=True, frozen=True)
+class Published:
+    """What the sampler holds now."""
+
+    policy_version: int
+    fingerprint: str
+
+
+async def publish(learner: Learner, sampler: Sampler) -> Published:
+    """Hand the trainer's newest weights to the sampler.
+
+    Raises ``EngineError`` when the engine holds anything else afterwards: training on samples of the wrong weights
+    exits 0 and learns nothing.
+    """
+    adapter = await learner.export_adapter()
+    sent = await asyncio.to_thread(fingerprint, adapter.tensors)
+    held = await sampler.load_adapter(adapter)
+    if held != sent:
+        raise EngineError(
+            f"the sampler holds other weights than the trainer published (version {adapter.policy_version}: "
+            f"sent {sent}, held {held}); the run stops rather than train on samples of the wrong policy"
+        )
+    return Published(adapter.policy_version, sent)
