@@ -109,7 +109,9 @@ def doctor(
             from posttrain.rl import memory
 
             loaded = configuration.load(config, overrides or [])
-            typer.echo(memory.check_fits(loaded).describe(), err=as_json)
+            memory.check_fits(loaded)
+            worst = memory.estimate_memory(loaded, memory.available(loaded.trainer.device))
+            typer.echo(f"fits; with every prompt and completion at its limit: {worst.describe()}", err=as_json)
 
 
 def main() -> None:

@@ -1,0 +1,100 @@
+"""What this machine has, asked without torch: memory, processors, GPUs. Sizes in bytes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+MIB = 2**20
+GIB = 2**30
+
+
+@dataclass(slots=True, frozen=True)
+class Gpu:
+    """One GPU as the driver sees it; ``None`` where the driver gives no figure (MIG slices)."""
+
+    index: int
+    name: str
+    total: int | None
+    free: int | None
+    capability: tuple[int, int] | None
+    driver: str
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """What its tensor cores multiply: fp16 from Volta, bf16 from Ampere, fp8 from Ada, fp4 from Blackwell."""
+        known = self.capability or (0, 0)
+        since = (("fp16", (7, 0)), ("bf16", (8, 0)), ("fp8", (8, 9)), ("fp4", (10, 0)))
+        return tuple(name for name, least in since if known >= least)
+
+
+def gpus() -> list[Gpu]:
+    """The GPUs that ``CUDA_VISIBLE_DEVICES`` leaves visible, in its order; empty without a driver.
+
+    Asking the driver's own tool costs no CUDA context, half a gibibyte of the memory that is being counted.
+    """
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    fields = "index,uuid,name,memory.total,memory.free,compute_cap,driver_version"
+    command = [tool, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    found = dict(_gpu(line) for line in answer.splitlines() if line.count(",") >= 6)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return list(found.values())
+    chosen: list[Gpu] = []
+    for wanted in visible.split(","):
+        match = [gpu for uuid, gpu in found.items() if wanted == str(gpu.index) or (wanted and uuid.startswith(wanted))]
+        if len(match) != 1:  # CUDA stops at the first entry it does not know
+            break
+        chosen += match
+    return chosen
+
+
+def _gpu(line: str) -> tuple[str, Gpu]:
+    index, uuid, name, total, free, capability, driver = (part.strip() for part in line.split(",", 6))
+    major, _, minor = capability.partition(".")
+    known = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
+    return uuid, Gpu(int(index), name, _mib(total), _mib(free), known, driver)
+
+
+def _mib(text: str) -> int | None:
+    return int(text) * MIB if text.isdigit() else None
+
+
+def cpus() -> int:
+    """Processors this process may use: its affinity, cut by a container's quota."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _first_line(Path("/sys/fs/cgroup/cpu.max")).split()
+    if len(quota) == 2 and quota[0].isdigit():
+        allowed = min(allowed, max(1, round(int(quota[0]) / int(quota[1]))))
+    return allowed
+
+
+def memory() -> tuple[int, int] | None:
+    """Main memory (total, available), cut by a container's limit; ``None`` where the system does not tell."""
+    info = {}
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            key, _, value = line.partition(":")
+            info[key] = int(value.split()[0]) * 1024
+    if "MemAvailable" not in info:
+        return None
+    total, available = info["MemTotal"], info["MemAvailable"]
+    limit, used = (_first_line(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
+    if limit.isdigit() and used.isdigit():
+        total = min(total, int(limit))
+        available = min(available, max(0, int(limit) - int(used)))
+    return total, available
+
+
+def _first_line(path: Path) -> str:
+    return path.read_text().partition("\n")[0].strip() if path.exists() else ""
