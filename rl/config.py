@@ -64,7 +64,7 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
     """Run model code from the hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
-    """Type of weights and activations; auto: bfloat16 on a GPU that has it (float16 before Ampere), float32 on a CPU."""
+    """Type of weights and activations; auto: bfloat16 (float16 before Ampere) on a GPU, float32 on a CPU."""
     chat_template: str | None = None
     """A Jinja chat template, or the path of one, in place of the tokenizer's."""
 
@@ -234,7 +234,7 @@ class WarmStartConfig(Section):
     learning_rate: PositiveFloat = 1e-3
 
 
-def _algorithm(value: object) -> object:
+def _algorithm(value: Any) -> algorithms.Algorithm:
     return value if isinstance(value, algorithms.Algorithm) else algorithms.parse(value)
 
 

@@ -119,6 +119,11 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def model_dir(self) -> Path:
+        """The base model, where the run made its own (``model.random``)."""
+        return self.path / "model"
+
+    @property
     def logs_dir(self) -> Path:
         """Where other loggers put their files."""
         return self.path / "logs"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -54,8 +55,18 @@ class ActorCaller:
             ray.kill(self._actor)
 
 
-def start(kind: type, name: str, *args: Any, cpu_threads: int, gpu_share: float, **kwargs: Any) -> ActorCaller:
+@dataclass(slots=True, frozen=True)
+class Resources:
+    """What an actor may use."""
+
+    cpu_threads: int
+    gpu_share: float
+    """0.5 lets two actors share one GPU; 0 for none."""
+
+
+def start(kind: type, name: str, resources: Resources, *args: Any, **kwargs: Any) -> ActorCaller:
     """Start ``kind(*args, **kwargs)`` as an actor; construction runs in its process, errors show at the first call."""
-    options: dict[str, Any] = {"num_cpus": 0, "num_gpus": gpu_share, "max_restarts": 0, "max_task_retries": 0}
-    options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(cpu_threads)}}
+    options: dict[str, Any] = {"num_cpus": 0, "num_gpus": resources.gpu_share}
+    options |= {"max_restarts": 0, "max_task_retries": 0}
+    options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(resources.cpu_threads)}}
     return ActorCaller(ray.remote(kind).options(**options).remote(*args, **kwargs), name)

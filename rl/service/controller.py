@@ -115,12 +115,12 @@ class Controller:
         take = asyncio.create_task(self._buffer.take())
         stop = asyncio.create_task(self._stop.wait())
         try:
-            waited: set[asyncio.Task[object]] = {take, stop, producing}  # type: ignore[arg-type]
+            waited: set[asyncio.Task[object]] = {take, stop, producing}
             while not (take.done() or stop.done()):
                 await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
                 if producing.done() and producing.exception():
                     producing.result()
-                waited.discard(producing)  # type: ignore[arg-type]
+                waited.discard(producing)
             return take.result() if take.done() else None
         finally:
             take.cancel()

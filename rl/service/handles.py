@@ -1,4 +1,4 @@
-"""``Sampler`` and ``Learner`` over an engine and a trainer, wherever those run: a ``Caller`` carries each call there."""
+"""``Sampler`` and ``Learner`` over an engine and a trainer, wherever they run: a ``Caller`` carries each call."""
 
 from __future__ import annotations
 

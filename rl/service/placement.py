@@ -7,7 +7,7 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from posttrain.rl.errors import EngineError
 from posttrain.rl.service.handles import LearnerHandle, SamplerHandle
@@ -52,7 +52,7 @@ async def place(config: Config, source: str) -> AsyncIterator[tuple[SamplerHandl
             from posttrain.rl.service.actors import ray_session
 
             stack.enter_context(ray_session())
-            sampler, learner = _actors(config, source)
+            sampler, learner = await _actors(config, source)
         else:
             sampler, learner = _embedded(config, source)
         stack.push_async_callback(learner.close)
@@ -66,29 +66,47 @@ def _embedded(config: Config, source: str) -> tuple[Caller, Caller]:
     from posttrain.trainer.trainer import Trainer
 
     threads = cpu_threads(config, source)
+    kind, arguments, options = _engine(config, source)
+    trained = (source, config.model, config.trainer)
     if engine_name(config) == "vllm":  # first, alone: it measures the GPU's free memory
-        engine = _engine_class("vllm")(source, config.model, config.rollout, **_vllm_options(config))
-        trainer = Trainer(source, config.model, config.trainer, seed=config.seed)
+        engine = kind(*arguments, **options)
+        trainer = Trainer(*trained, seed=config.seed)
     else:
-        trainer = Trainer(source, config.model, config.trainer, seed=config.seed)
+        trainer = Trainer(*trained, seed=config.seed)
         shared = trainer.base_weights() if config.trainer.method == "lora" else None
-        engine = _engine_class("transformers")(
-            source, config.model, config.rollout, base_weights=shared, device=config.trainer.device
-        )
+        engine = kind(*arguments, **options, base_weights=shared)
     return ThreadCaller(engine, "sampler", threads), ThreadCaller(trainer, "trainer", threads)
 
 
-def _actors(config: Config, source: str) -> tuple[Caller, Caller]:
-    """Two Ray actors, half a GPU each where there is one."""
+async def _actors(config: Config, source: str) -> tuple[Caller, Caller]:
+    """Two Ray actors, half a GPU each where there is one; the engine is up before the trainer starts."""
     import torch
 
-    from posttrain.rl.service.actors import start
+    from posttrain.rl.service.actors import Resources, start
     from posttrain.trainer.trainer import Trainer
 
-    threads, name = cpu_threads(config, source), engine_name(config)
     gpu = 0.5 if torch.cuda.is_available() and config.trainer.device != "cpu" else 0.0
-    options = _vllm_options(config) if name == "vllm" else {"device": config.trainer.device}
-    placed = {"cpu_threads": threads, "gpu_share": gpu}
-    sampler = start(_engine_class(name), "sampler", source, config.model, config.rollout, **placed, **options)
-    learner = start(Trainer, "trainer", source, config.model, config.trainer, **placed, seed=config.seed)
+    resources = Resources(cpu_threads(config, source), gpu)
+    kind, arguments, options = _engine(config, source)
+    sampler = start(kind, "sampler", resources, *arguments, **options)
+    await sampler("wake")
+    learner = start(Trainer, "trainer", resources, source, config.model, config.trainer, seed=config.seed)
     return sampler, learner
+
+
+def _engine(config: Config, source: str) -> tuple[type[Any], tuple[Any, ...], dict[str, Any]]:
+    """Class, arguments and options of the rollout engine."""
+    rollout = config.rollout.model_copy(update={"max_model_len": config.max_model_len})
+    arguments = (source, config.model, rollout)
+    if engine_name(config) == "vllm":
+        from posttrain.rollout.vllm_engine import VllmEngine
+
+        if config.trainer.method == "full":
+            raise EngineError(
+                'rollout.engine = "vllm" takes LoRA adapters only: use trainer.method = "lora" or '
+                'rollout.engine = "transformers"'
+            )
+        return VllmEngine, arguments, {"lora_rank": config.trainer.lora.rank}
+    from posttrain.rollout.transformers_engine import TransformersEngine
+
+    return TransformersEngine, arguments, {"device": config.trainer.device}

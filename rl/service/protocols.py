@@ -1,4 +1,4 @@
-"""What the loop asks of the two engines. Everything is awaitable, so that an actor, a thread or a fake can stand behind it."""
+"""What the loop asks of the two engines: awaitables, so that an actor, a thread or a fake can stand behind them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run from configuration to result: gather, check, place, loop, plot. ``rl.train`` and the command line end here."""
+"""One run from configuration to result: gather, check, place, loop, plot."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def _preflight(config: Config, source: str) -> None:
 def _encoder(config: Config, source: str) -> ChatEncoder:
     from posttrain.rollout.chat import load_encoder
 
-    return load_encoder(source, config.model, config.data, config.rollout)
+    return load_encoder(source, config.model, config.data, extra_stop_ids=config.rollout.stop_token_ids)
 
 
 async def _train(config: Config, run: RunDir, gathered: Inputs, source: str, resume: bool, stops: _Stops) -> bool:
