@@ -57,9 +57,7 @@ def prompt_column(columns: Sequence[str], config: DataConfig) -> str:
     there = ", ".join(columns) or "none"
     if config.prompt_column is not None:
         if config.prompt_column not in columns:
-            raise DataError(
-                f"data.prompt_column = {config.prompt_column!r} is no column of the dataset; there are: {there}"
-            )
+            raise DataError(f"data.prompt_column = {config.prompt_column!r} is no column of the dataset: {there}")
         return config.prompt_column
     for name in PROMPT_COLUMNS:
         if name in columns:
@@ -97,7 +95,7 @@ class PromptSource:
     def __init__(
         self, rows: Rows, config: DataConfig, seed: int, *, encode: Callable[[Prompt], Prompt] | None = None
     ) -> None:
-        """``encode`` fills in ``prompt_ids``; prompts it makes longer than ``config.max_prompt_tokens`` are left out."""
+        """``encode`` fills in ``prompt_ids``; those longer than ``config.max_prompt_tokens`` are left out."""
         if len(rows) == 0:
             raise DataError("the dataset has no rows")
         self._rows = rows
@@ -108,11 +106,12 @@ class PromptSource:
         self._epoch = 0
         self._position = 0
         self._order = self._order_of(0)
+        self._digest = _digest(rows)
         self.dropped = 0
         """Prompts left out for their length so far; a row counts again in each epoch."""
 
     def take(self, n: int) -> list[Prompt]:
-        """The next ``n`` prompts, ids ``"<epoch>-<row>"``; raises ``DataError`` when a whole epoch has none that fits."""
+        """The next ``n`` prompts, ids ``"<epoch>-<row>"``; raises ``DataError`` when no row of the dataset fits."""
         prompts: list[Prompt] = []
         dropped_in_a_row = 0
         while len(prompts) < n:
@@ -142,7 +141,7 @@ class PromptSource:
             "seed": self._seed,
             "shuffle": self._config.shuffle,
             "rows": len(self._rows),
-            "digest": self._digest(),
+            "digest": self._digest,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -174,26 +173,17 @@ class PromptSource:
         random.Random(f"{self._seed}/{epoch}").shuffle(order)
         return order
 
-    def _digest(self) -> str:
-        """Of up to 64 rows spread over the data: enough to notice another dataset, cheap on a large one."""
-        count = len(self._rows)
-        chosen = sorted({index * count // 64 for index in range(64)} | {count - 1})
-        text = json.dumps([self._rows[index] for index in chosen], sort_keys=True, default=repr)
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
 
 def split_eval(rows: Rows, n: int, seed: int, *, column: str | None = None) -> tuple[Rows, Rows]:
     """``(training rows, n held-out rows)``, disjoint by content: no held-out prompt (blanks and case aside) stays in
-    training, and held-out prompts differ from each other. Raises ``DataError`` when training would be left without rows.
+    training, and held-out prompts differ from each other. Raises ``DataError`` when nothing would be left.
     """
     key = column or prompt_column(columns_of(rows), DataConfig())
     seen: dict[str, list[int]] = {}
     for index in range(len(rows)):
         seen.setdefault(_content(rows[index].get(key)), []).append(index)
     if n >= len(seen):
-        raise DataError(
-            f"cannot hold out {n} rows: the dataset has {len(seen)} different prompts; lower data.eval_rows"
-        )
+        raise DataError(f"cannot hold out {n} rows of {len(seen)} different prompts: lower data.eval_rows")
     order = list(seen)
     random.Random(f"{seed}/held out").shuffle(order)
     held_out = set(order[:n])
@@ -207,9 +197,11 @@ def load_demonstrations(
     """``(prompt, completion text)`` of every row, for the supervised warm start. A row of ``messages`` that ends in the
     assistant's turn is its own demonstration.
     """
-    rows = load_rows(spec, config, base=base)
+    plain = config.model_copy(update={"subset": None, "split": "train", "answer_after": None})
+    rows = load_rows(spec, plain, base=base)
     columns = columns_of(rows)
-    column = prompt_column(columns, config)
+    own = config.prompt_column if config.prompt_column in columns else None
+    column = own or prompt_column(columns, config.model_copy(update={"prompt_column": None}))
     pairs: list[tuple[Prompt, str]] = []
     for index in range(len(rows)):
         row = dict(rows[index])
@@ -227,6 +219,14 @@ def load_demonstrations(
             )
         pairs.append((make_prompt(row, config, column, f"warm-{index}"), completion))
     return pairs
+
+
+def _digest(rows: Rows) -> str:
+    """Of up to 64 rows spread over the data: enough to notice another dataset, cheap on a large one."""
+    count = len(rows)
+    chosen = sorted({index * count // 64 for index in range(64)} | {count - 1})
+    text = json.dumps([dict(rows[index]) for index in chosen], sort_keys=True, default=repr)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _turns_before(config: DataConfig) -> list[Message]:

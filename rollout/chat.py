@@ -1,6 +1,6 @@
 """Text and messages → the token ids a sampler is given, and back. The only place that calls a tokenizer.
 
-A completion is never encoded again: training uses the sampler's own ids. ``encode_completion`` is for demonstrations only.
+A completion is never encoded again: training uses the sampler's ids. ``encode_completion`` is for demonstrations.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain.rl.config import DataConfig, ModelConfig
+from posttrain.rl.config import DataConfig, ModelConfig, RolloutConfig
 from posttrain.rl.errors import ConfigError, DataError
 from posttrain.rl.types import Message, Prompt
 
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|return|>", "<|eot|>")
-"""End tokens of chat turns that models use without always declaring them (Qwen, Llama 3, Gemma, Phi, gpt-oss, Llama 4)."""
+"""End tokens of chat turns that models do not always declare (Qwen, Llama 3, Gemma, Phi, gpt-oss, Llama 4)."""
 _PROBE = "posttrain-probe"
 
 
@@ -132,7 +132,7 @@ class ChatEncoder:
             raise ConfigError(f"stop token {bad[0]} is not in the tokenizer's vocabulary of {len(tokenizer)}")
         if not declared:
             raise ConfigError(
-                "neither tokenizer, generation config nor model config declares an end token, so no completion could end: "
+                "neither tokenizer, generation config nor model config declares an end token, so nothing could end: "
                 "set rollout.stop_token_ids to the ids that end one"
             )
         return tuple(dict.fromkeys(declared))
@@ -170,7 +170,7 @@ class ChatEncoder:
 
 
 def load_encoder(
-    model: str | Path, model_config: ModelConfig, data_config: DataConfig, *, extra_stop_ids: Sequence[int] = ()
+    model: str | Path, model_config: ModelConfig, data_config: DataConfig, rollout_config: RolloutConfig | None = None
 ) -> ChatEncoder:
     """Tokenizer, chat template and declared end tokens of a model folder or hub name.
 
@@ -192,7 +192,7 @@ def load_encoder(
         tokenizer,
         chat_template=_template_text(model_config.chat_template),
         use_chat=data_config.chat,
-        extra_stop_ids=extra_stop_ids,
+        extra_stop_ids=rollout_config.stop_token_ids if rollout_config is not None else (),
         generation_eos=declared_eos(model, model_config),
     )
 

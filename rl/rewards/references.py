@@ -58,7 +58,9 @@ def _home(function: Callable[..., Any]) -> tuple[str, ModuleType]:
     if inspect.isfunction(function) or isinstance(function, type):
         qualname, module = function.__qualname__, sys.modules.get(function.__module__)
         if "<" not in qualname and module is not None:
-            found = reduce(lambda scope, part: getattr(scope, part, None), qualname.split("."), module)
+            found: Any = module
+            for part in qualname.split("."):
+                found = getattr(found, part, None)
             if found is function:
                 return qualname, module
     owners = [getattr(function, "__module__", None), type(function).__module__]

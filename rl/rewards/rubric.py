@@ -22,7 +22,7 @@ class Rubric:
 
     Synchronous functions run one after another in a single worker thread, so they need not be thread-safe and the
     event loop stays free; asynchronous ones run concurrently. ``None`` means "does not apply": it is left out of the
-    total, the mean and the std. A completion that no function applies to has reward 0 and is counted in ``reward/unscored``.
+    total, the mean and the std. A completion that no function applies to has reward 0, see ``reward/unscored``.
     """
 
     def __init__(self, functions: Sequence[Callable[..., Any]], weights: Mapping[str, float] | None = None) -> None:
@@ -88,8 +88,8 @@ class Rubric:
 
     def metrics(self, groups: Iterable[RolloutGroup]) -> dict[str, Metric]:
         """``reward/mean``, ``reward/std`` (over all completions), ``reward/unscored`` (share with no score at all)
-        and, a function, ``reward/<name>/mean``, ``/std`` and ``/applies`` (share of completions it scored). Where a function
-        applied to nothing its mean and std are absent.
+        and, a function, ``reward/<name>/mean``, ``/std`` and ``/applies`` (share of completions it scored). Where a
+        function applied to nothing its mean and std are absent.
         """
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         totals = [rollout.reward for rollout in rollouts]

@@ -2,16 +2,15 @@
 
 | style | called | receives | returns |
 |---|---|---|---|
-| ``posttrain`` | once a sample | ``completion: str``, ``prompt`` and the names of ``PER_SAMPLE``, any column | a number or ``None`` |
-| ``trl`` | once a batch | ``prompts``, ``completions``, ``completion_ids``, columns as lists (and ``**kwargs``) | a list of them |
-| ``verifiers`` | once a sample | ``prompt``, ``completion`` as messages, ``answer``, ``state``, ``info``, ``task``, any column | a number |
+| ``posttrain`` | once a sample | ``completion: str``, others of ``PER_SAMPLE``, columns | number or ``None`` |
+| ``trl`` | once a batch | ``prompts``, ``completions``, ``completion_ids``, columns, each a list | a list of them |
+| ``verifiers`` | once a sample | ``prompt``, ``completion`` (messages), ``state``, ``info``…, columns | number |
 
 Chosen in this order:
 
 1. ``style=`` of the decorator.
-2. ``prompts`` or ``completions`` → ``trl``; so is ``completion_ids`` or nothing known beside ``**kwargs`` when a list is
-   returned by annotation, and ``completion_ids`` with an unannotated return and ``**kwargs`` (TRL insists on ``**kwargs``,
-   we never need it).
+2. ``prompts`` or ``completions`` → ``trl``. So are ``completion_ids`` or columns alone where the return annotation is a
+   list, and ``completion_ids`` beside ``**kwargs`` with no return annotation (TRL insists on ``**kwargs``).
 3. ``completion: str`` → ``posttrain``. ``completion: Messages`` or any list → ``verifiers``.
 4. ``completion`` without annotation: ``verifiers`` when ``state`` is asked for, or when the body reads it as messages
    (``completion[-1]["content"]``, a loop over turns); else ``posttrain``. A wrong guess fails loudly on the first call,
@@ -38,8 +37,8 @@ from posttrain.rl.rewards.decorator import Style, tag_of
 PER_SAMPLE = ("prompt", "completion", "completion_ids", "finish_reason", "messages", "columns", "prompt_id", "step")
 """What a posttrain-style function may ask for beside columns. ``messages``: the prompt as turns and the reply."""
 TRL_NAMES = ("prompts", "completions", "completion_ids", "trainer_state")
-"""What TRL's trainer hands over. ``log_extra``, ``log_metric`` and ``environments`` must have a default to be left at."""
-VERIFIERS_NAMES = ("prompt", "completion", "answer", "state", "info", "task")
+"""What TRL's trainer hands over; its ``log_extra``, ``log_metric`` and ``environments`` are left at their defaults."""
+VERIFIERS_NAMES = ("prompt", "completion", "state", "info", "task")
 
 
 @dataclass(slots=True, frozen=True)
@@ -67,11 +66,7 @@ class Signature:
 
     def provided(self) -> tuple[str, ...]:
         """Names this style fills without a column."""
-        return {
-            "posttrain": PER_SAMPLE,
-            "trl": TRL_NAMES,
-            "verifiers": ("prompt", "completion", "state", "info", "task"),
-        }[self.style]
+        return {"posttrain": PER_SAMPLE, "trl": TRL_NAMES, "verifiers": VERIFIERS_NAMES}[self.style]
 
     def missing(self, columns: Collection[str]) -> list[str]:
         """Required parameters that neither the style nor the dataset provides."""
@@ -127,7 +122,7 @@ def unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
     inner: Any = function
     while isinstance(inner, functools.partial):
         inner = inner.func
-    if not inspect.isroutine(inner) and not isinstance(inner, type) and hasattr(type(inner), "__call__"):
+    if not inspect.isroutine(inner) and not isinstance(inner, type):
         inner = type(inner).__call__
     inner = getattr(inner, "__func__", inner)
     return inspect.unwrap(inner)
@@ -137,7 +132,7 @@ def _is_async(function: Callable[..., Any]) -> bool:
     inner: Any = function
     while isinstance(inner, functools.partial):
         inner = inner.func
-    return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(getattr(inner, "__call__", None))
+    return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(type(inner).__call__)
 
 
 def _return_annotation(function: Callable[..., Any]) -> str:
@@ -171,7 +166,7 @@ def _choose(
         if takes_all and not set(named) & set(PER_SAMPLE):
             raise RewardError(
                 f"reward {name}: only **kwargs and columns, so it is open whether it scores one sample or a batch; "
-                'name completion (one) or completions (a batch), or say @reward(style="posttrain" | "trl" | "verifiers")'
+                "name completion (one) or completions (a batch), or say @reward(style=…): posttrain, trl or verifiers"
             )
         if not named:
             raise RewardError(f"reward {name}: takes no arguments; ask for completion and for dataset columns by name")

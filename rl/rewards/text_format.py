@@ -21,7 +21,7 @@ def ends_with_answer(completion: str, answer: object) -> float:
 
 
 def regex_format(pattern: str, *, name: str = "regex_format") -> Callable[[str], float]:
-    """A reward that is 1 when the whole completion, blanks around it left out, matches ``pattern`` (dot: any character).
+    """A reward that is 1 when the whole completion, stripped, matches ``pattern`` (dot: any character).
 
     Raises ``re.error`` at once for a pattern that is not valid.
     """
