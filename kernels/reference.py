@@ -119,7 +119,7 @@ class _FrozenHead(torch.autograd.Function):
 
 
 class _TrainableHead(torch.autograd.Function):
-    """``weight`` or ``bias`` has a gradient: keep [T] statistics and sweep the vocabulary again in the backward pass."""
+    """``weight`` or ``bias`` has a gradient: keep [T] statistics and sweep the vocabulary again in the backward."""
 
     @staticmethod
     def forward(
@@ -152,12 +152,12 @@ class _TrainableHead(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight) if need_weight else None
         grad_bias = torch.zeros_like(bias) if need_bias else None
         for start in range(0, weight.shape[0], head.chunk):
-            tile = weight[start : start + head.chunk].to(dtype)
-            tile_weight = torch.zeros_like(tile)
-            tile_bias = tile.new_zeros(tile.shape[0])
+            tile = _operand(weight[start : start + head.chunk], hidden)
+            tile_weight = torch.zeros(tile.shape, dtype=dtype, device=tile.device)
+            tile_bias = tile_weight.new_zeros(tile.shape[0])
             for low in range(0, hidden.shape[0], BLOCK_ROWS):
                 rows = slice(low, low + BLOCK_ROWS)
-                h = hidden[rows].to(dtype)
+                h = _operand(hidden[rows], weight)
                 x, slope = _logits(h, tile, None if bias is None else bias[start : start + head.chunk], head)
                 is_target = _target_mask(targets[rows], start, tile.shape[0])
                 probs = torch.exp(x - lse[rows, None]).masked_fill(is_target, 0)
@@ -170,10 +170,10 @@ class _TrainableHead(torch.autograd.Function):
                     own = torch.exp(logprobs[rows]) * (logprobs[rows] + entropy[rows])
                     at_target = at_target - (grads[1][rows] * own).unsqueeze(1)
                 grad_z = torch.where(is_target, at_target, grad_x) * slope
-                tile_weight += grad_z.T @ h
+                tile_weight += _product(grad_z.T, h)
                 tile_bias += grad_z.sum(0)
                 if grad_hidden is not None:
-                    grad_hidden[rows] += grad_z @ tile
+                    grad_hidden[rows] += _product(grad_z, tile)
             if grad_weight is not None:
                 grad_weight[start : start + head.chunk] = tile_weight.to(weight.dtype)
             if grad_bias is not None:
@@ -190,13 +190,13 @@ def _forward_block(
     ``A = Σ e·w`` and ``B = Σ e·(x − m)·w`` with ``e = exp(x − m)`` and ``w`` the weight row times the slope dx/dz.
     """
     dtype = accumulation_dtype(hidden.dtype)
-    h = hidden.to(dtype)
-    count = h.new_zeros(h.shape[0])
+    h = _operand(hidden, weight)
+    count = h.new_zeros(h.shape[0], dtype=dtype)
     m, total, energy, x_target = torch.full_like(count, -math.inf), count, count, torch.full_like(count, -math.inf)
     slope_target = torch.zeros_like(count)
-    sums = [torch.zeros_like(h) for _ in range(directions)]
+    sums = [torch.zeros(h.shape, dtype=dtype, device=h.device) for _ in range(directions)]
     for start in range(0, weight.shape[0], head.chunk):
-        tile = weight[start : start + head.chunk].to(dtype)
+        tile = _operand(weight[start : start + head.chunk], hidden)
         x, slope = _logits(h, tile, None if bias is None else bias[start : start + head.chunk], head)
         is_target = _target_mask(targets, start, tile.shape[0])
         found = is_target.any(1)
@@ -214,21 +214,21 @@ def _forward_block(
         energy = decay * (energy + shift * total) + weighted.sum(1)
         total = decay * total + e.sum(1)
         if directions > 1:
-            sums[1] = decay.unsqueeze(1) * (sums[1] + shift.unsqueeze(1) * sums[0]) + (weighted * slope) @ tile
+            sums[1] = decay.unsqueeze(1) * (sums[1] + shift.unsqueeze(1) * sums[0]) + _product(weighted * slope, tile)
         if directions:
-            sums[0] = decay.unsqueeze(1) * sums[0] + (e * slope) @ tile
+            sums[0] = decay.unsqueeze(1) * sums[0] + _product(e * slope, tile)
         m = new_m
     block, log_total = _finish(m, total, energy, x_target)
     if not directions:
         return block, ()
     target_rows = weight[targets].to(dtype) * slope_target.unsqueeze(1)
     alone = (total == 0).unsqueeze(1)  # a vocabulary of one
-    mean_rows = torch.where(alone, torch.zeros_like(h), sums[0] / total.unsqueeze(1))
+    mean_rows = torch.where(alone, torch.zeros_like(sums[0]), sums[0] / total.unsqueeze(1))
     rest = torch.exp(block.log_rest).unsqueeze(1)
     kept = [rest * (target_rows - mean_rows)]
     if directions > 1:
         mean_log = torch.where(
-            alone, torch.zeros_like(h), sums[1] / total.unsqueeze(1) - log_total[:, None] * mean_rows
+            alone, torch.zeros_like(mean_rows), sums[1] / total.unsqueeze(1) - log_total[:, None] * mean_rows
         )
         log_rest = torch.where(alone, torch.zeros_like(rest), block.log_rest.unsqueeze(1))
         entropy, logprobs = block.entropy.unsqueeze(1), block.logprobs.unsqueeze(1)
@@ -253,7 +253,8 @@ def _finish(m: Tensor, total: Tensor, energy: Tensor, x_target: Tensor) -> tuple
 
 def _logits(h: Tensor, tile: Tensor, bias: Tensor | None, head: Head) -> tuple[Tensor, Tensor]:
     """Logits [N, C] of one tile and their slope dx/dz, a scalar tensor where it is the same everywhere."""
-    y = h @ tile.T
+    # products of two bfloat16 numbers are exact in float32, so nothing is lost by leaving the operands as they are
+    y = torch.mm(h, tile.T, out_dtype=torch.float32) if _half_operands(h) else h @ tile.T
     if bias is not None:
         y = y + bias.to(y.dtype)
     scale = 1.0 if head.scale is None else head.scale
@@ -265,6 +266,27 @@ def _logits(h: Tensor, tile: Tensor, bias: Tensor | None, head: Head) -> tuple[T
         slope = slope * (1 - capped * capped)
         y = head.softcap * capped
     return (y / head.temperature if head.temperature != 1.0 else y), slope
+
+
+def _half_operands(operand: Tensor) -> bool:
+    """Whether matrix products take bfloat16 operands: a GPU has no other fast way to a float32 result."""
+    return operand.is_cuda and operand.dtype == torch.bfloat16
+
+
+def _operand(tensor: Tensor, other: Tensor) -> Tensor:
+    """``tensor`` as matrix products take it when it meets ``other``."""
+    if _half_operands(tensor) and _half_operands(other):
+        return tensor
+    return tensor.to(accumulation_dtype(torch.promote_types(tensor.dtype, other.dtype)))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` with ``a`` in float32 or float64. Before a bfloat16 ``b``, ``a`` goes in as a sum of two bfloat16."""
+    if not _half_operands(b):
+        return a @ b
+    high = a.to(b.dtype)
+    low = (a - high).to(b.dtype)
+    return torch.mm(high, b, out_dtype=torch.float32) + torch.mm(low, b, out_dtype=torch.float32)
 
 
 def _target_mask(targets: Tensor, start: int, width: int) -> Tensor:

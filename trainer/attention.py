@@ -5,9 +5,10 @@ Shape letters: T packed tokens, L one sequence, N query heads, K key/value heads
 
 from __future__ import annotations
 
-import inspect
+import itertools
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,11 +48,11 @@ class Packing:
     def of(cls, cu_seqlens: Tensor, device: torch.device) -> Packing:
         """From cumulative lengths; empty sequences are left out."""
         bounds = tuple(sorted({int(bound) for bound in cu_seqlens.tolist()}))
-        lengths = [stop - start for start, stop in zip(bounds, bounds[1:])]
+        lengths = [stop - start for start, stop in itertools.pairwise(bounds)]
         return cls(torch.tensor(bounds, dtype=torch.int32, device=device), bounds, max(lengths, default=0))
 
 
-def packed_attention(
+def packed_attention(  # noqa: PLR0913 — transformers calls it with these
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -64,25 +65,34 @@ def packed_attention(
     packing: Packing | None = None,
     **others: object,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each sequence of a pack: ``query`` [1, N, T, D], ``key``, ``value`` [1, K, T, D] → [1, T, N, D].
+    """Causal attention inside each sequence of a pack.
 
-    ``sliding_window`` W lets a token see itself and the W − 1 before it; ``softcap`` bends the scores; ``s_aux`` [N] are
-    attention sinks. Raises ``EngineError`` for anything an architecture asks for that is not one of these.
+    ``query`` [1, N, T, D], ``key`` and ``value`` [1, K, T, D] → [1, T, N, D]. ``sliding_window`` W lets a token see
+    itself and the W − 1 before it; ``softcap`` bends the scores; ``s_aux`` [N] are attention sinks. Raises
+    ``EngineError`` for anything an architecture asks for that is not one of these.
     """
     _refuse(module, attention_mask, packing, others)
     assert packing is not None and query.shape[0] == 1 and query.shape[2] == packing.bounds[-1]
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    if sliding_window is not None and sliding_window >= packing.max_length:
-        sliding_window = None
+    window = None if sliding_window is None or sliding_window >= packing.max_length else sliding_window
+    rule = _Rule(query.shape[-1] ** -0.5 if scaling is None else float(scaling), window, softcap, s_aux)
     if softcap is not None or s_aux is not None:
         _log_once("explicit scores, one sequence at a time (softcap or sinks)")
-        run = lambda q, k, v: _explicit(q, k, v, scale, sliding_window, softcap, s_aux)  # noqa: E731
-        return _by_segment(query, key, value, packing, run), None
+        return _by_segment(_explicit, query, key, value, packing, rule), None
     if _varlen_fits(query, value):
         _log_once("torch varlen_attn (flash attention)")
-        return _varlen(query, key, value, packing, scale, sliding_window), None
+        return _varlen(query, key, value, packing, rule), None
     _log_once(f"scaled_dot_product_attention, one sequence at a time ({query.device.type}, {query.dtype})")
-    return _by_segment(query, key, value, packing, lambda q, k, v: _sdpa(q, k, v, scale, sliding_window)), None
+    return _by_segment(_sdpa, query, key, value, packing, rule), None
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What turns queries and keys into weights."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
 
 
 def _refuse(module: nn.Module, mask: Tensor | None, packing: Packing | None, others: dict[str, Any]) -> None:
@@ -98,44 +108,43 @@ def _refuse(module: nn.Module, mask: Tensor | None, packing: Packing | None, oth
         raise EngineError(f"{kind} asks its attention for {', '.join(unknown)}, which packed attention does not know")
 
 
-def _by_segment(query: Tensor, key: Tensor, value: Tensor, packing: Packing, run: Any) -> Tensor:
-    parts = []
-    for start, stop in zip(packing.bounds, packing.bounds[1:]):
-        parts.append(run(query[:, :, start:stop], key[:, :, start:stop], value[:, :, start:stop]))
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
-
-
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-    """One sequence, [1, N, L, D]."""
-    length = query.shape[2]
-    windowed = window is not None and window < length
-    mask = _allowed(length, window, query.device) if windowed else None
-    gqa = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa
-    )
-
-
-def _explicit(
+def _by_segment(
+    attend: Callable[[Tensor, Tensor, Tensor, _Rule], Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    packing: Packing,
+    rule: _Rule,
 ) -> Tensor:
-    """One sequence with its scores written out; softmax in float32 or wider."""
+    parts = []
+    for start, stop in itertools.pairwise(packing.bounds):
+        parts.append(attend(query[:, :, start:stop], key[:, :, start:stop], value[:, :, start:stop], rule))
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, rule: _Rule) -> Tensor:
+    """One sequence, [1, N, L, D]."""
+    length = query.shape[2]
+    windowed = rule.window is not None and rule.window < length
+    mask = _allowed(length, rule.window, query.device) if windowed else None
+    gqa = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=rule.scale, enable_gqa=gqa
+    )
+
+
+def _explicit(query: Tensor, key: Tensor, value: Tensor, rule: _Rule) -> Tensor:
+    """One sequence with its scores [1, N, L, L] written out; softmax in float32 or wider."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = (query @ key.transpose(2, 3)) * scale
+    scores = (query @ key.transpose(2, 3)) * rule.scale
     scores = scores if scores.dtype == torch.float64 else scores.float()
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~_allowed(query.shape[2], window, query.device), -math.inf)
-    if sinks is None:
+    if rule.softcap is not None:
+        scores = rule.softcap * torch.tanh(scores / rule.softcap)
+    scores = scores.masked_fill(~_allowed(query.shape[2], rule.window, query.device), -math.inf)
+    if rule.sinks is None:
         return scores.softmax(-1).to(value.dtype) @ value
-    column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    column = rule.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
     return torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1].to(value.dtype) @ value
 
 
@@ -154,22 +163,18 @@ def _varlen_fits(query: Tensor, value: Tensor) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float, window: int | None) -> Tensor:
+def _varlen(query: Tensor, key: Tensor, value: Tensor, packing: Packing, rule: _Rule) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))  # [T, heads, D]
-    known = inspect.signature(varlen_attn).parameters
-    options: dict[str, Any] = {"scale": scale}
+    # the window counts the keys to the left of the query itself
+    window = (-1, 0) if rule.window is None else (rule.window - 1, 0)
+    options: dict[str, Any] = {"scale": rule.scale, "window_size": window}
     if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in known:
-            options["enable_gqa"] = True
-        else:
-            groups = q.shape[1] // k.shape[1]
-            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    # window_size counts the keys to the left of the query itself
-    options["window_size"] = (-1, 0) if window is None else (window - 1, 0)
+        options["enable_gqa"] = True
     cu, longest = packing.cu_seqlens, packing.max_length
     out = varlen_attn(q, k.contiguous(), v.contiguous(), cu, cu, longest, longest, **options)
+    assert isinstance(out, Tensor)
     return out.unsqueeze(0)
 
 

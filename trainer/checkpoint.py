@@ -1,4 +1,4 @@
-"""What the trainer writes into a checkpoint's folder, and how it comes back. File names are peft's and transformers'."""
+"""What the trainer writes into a checkpoint's folder and reads back, under peft's and transformers' file names."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ Shape letters: T packed tokens, S scored tokens, V vocabulary, H hidden.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,25 +74,24 @@ class PackedModel:
         for module in causal_lm.modules():
             # Decoder layers are put in training mode for activation checkpointing, and some drop out by this number.
             if isinstance(getattr(module, "dropout", None), float):
-                module.dropout = 0.0  # type: ignore[assignment]
+                module.dropout = 0.0
         self._rope_limit = _rope_limit(causal_lm.config)
+        self._own_attention = causal_lm.config.get_text_config()._attn_implementation
+        self.packs = False
         self.packs = self._try_packing()
-        self._check_head()
+        self._check_logprobs()
 
     def enable_checkpointing(self) -> None:
         """Recompute each decoder layer in the backward pass; the gradients are the same."""
         from transformers.modeling_layers import GradientCheckpointingLayer
 
+        remedy = "set trainer.activation_checkpointing = false"
         if not self.causal_lm.supports_gradient_checkpointing:
-            raise EngineError(
-                f"{type(self.causal_lm).__name__} cannot recompute activations: set trainer.activation_checkpointing = false"
-            )
+            raise EngineError(f"{type(self.causal_lm).__name__} cannot recompute activations: {remedy}")
         self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
         layers = [module for module in self.backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
         if not layers:
-            raise EngineError(
-                f"{type(self.causal_lm).__name__} has no layers to recompute: set trainer.activation_checkpointing = false"
-            )
+            raise EngineError(f"{type(self.causal_lm).__name__} has no layers to recompute: {remedy}")
         for layer in layers:
             layer.training = True  # the switch transformers looks at; the modules inside stay in evaluation mode
 
@@ -102,7 +102,7 @@ class PackedModel:
         if together:
             return self._run(input_ids, position_ids, packing)
         parts = []
-        for start, stop in zip(packing.bounds, packing.bounds[1:]):
+        for start, stop in itertools.pairwise(packing.bounds):
             single = Packing.of(torch.tensor([0, stop - start]), self.device)
             parts.append(self._run(input_ids[start:stop], position_ids[start:stop], single))
         return torch.cat(parts)
@@ -133,23 +133,18 @@ class PackedModel:
         """Switch to packed attention and make sure, on two short sequences, that nothing leaks between them."""
         name, config = type(self.causal_lm).__name__, self.causal_lm.config.get_text_config()
         layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-        self.packs = False
         if not layers <= PACKABLE_LAYERS or not self.causal_lm._supports_attention_backend:
             log.warning("%s cannot be packed (%s): sequences are run one at a time", name, ", ".join(sorted(layers)))
             return False
-        own = config._attn_implementation
         self.causal_lm.set_attn_implementation(PACKED_ATTENTION)
         self.packs = True
         try:
-            leaks = self._leaks()
-        except (EngineError, TypeError) as error:
-            log.warning("%s cannot be packed (%s): sequences are run one at a time", name, error)
-        else:
-            if not leaks:
+            if not self._leaks():
                 return True
             log.warning("%s mixes packed sequences: they are run one at a time", name)
-        self.causal_lm.set_attn_implementation(own)
-        self.packs = False
+        except (EngineError, TypeError) as error:
+            log.warning("%s cannot be packed (%s): sequences are run one at a time", name, error)
+        self.causal_lm.set_attn_implementation(self._own_attention)
         return False
 
     @torch.no_grad()
@@ -163,22 +158,24 @@ class PackedModel:
         return (one - two).abs().max().item() > 1e-3 * one.abs().max().item()
 
     @torch.no_grad()
-    def _check_head(self) -> None:
-        """Compare with the model's own logits on a few tokens: an unknown scale or cap must not pass unnoticed."""
-        ids = torch.tensor([1, 2, 3, 0, 2, 1], device=self.device)
-        positions = torch.arange(6, device=self.device)
-        cu_seqlens = torch.tensor([0, 6])
-        ours, _ = self.logprobs(ids, positions, cu_seqlens, positions[1:])
-        extra = {"packing": Packing.of(cu_seqlens, self.device)} if self.packs else {}
-        logits = self.causal_lm(
-            input_ids=ids.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False, **extra
-        ).logits[0, :-1]
+    def _check_logprobs(self) -> None:
+        """Compare with the model run in its own way on a few tokens: nothing unknown, in its attention or after its
+        head, may pass unnoticed.
+        """
+        ids = torch.tensor([1, 2, 3, 0, 2, 1, 3, 3], device=self.device)
+        positions = torch.arange(len(ids), device=self.device)
+        ours, _ = self.logprobs(ids, positions, torch.tensor([0, len(ids)]), positions[1:])
+        if self.packs:
+            self.causal_lm.set_attn_implementation(self._own_attention)
+        logits = self.causal_lm(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :-1]
+        if self.packs:
+            self.causal_lm.set_attn_implementation(PACKED_ATTENTION)
         theirs = logits.to(ours.dtype).log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
         gap = (ours - theirs).abs().max().item()
         if not gap <= PROBE_TOLERANCE.get(self.head.weight.dtype, 0.5):
             raise EngineError(
-                f"{type(self.causal_lm).__name__}: logprobs from its head differ from its own by {gap:.3g} nats, so it does "
-                "something to its logits that the trainer does not know; this architecture cannot be trained yet"
+                f"{type(self.causal_lm).__name__}: the trainer's logprobs differ from the model's own by {gap:.3g} "
+                "nats: it does something that the trainer does not know, and cannot be trained yet"
             )
 
 

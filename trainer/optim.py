@@ -99,7 +99,7 @@ class Optimizer:
         """Undo everything since the matching ``state_dict``. Raises ``CheckpointError`` where it does not fit."""
         if state["kind"] != self._config.optimizer:
             raise CheckpointError(
-                f"the checkpoint was written by trainer.optimizer = {state['kind']}, this run has {self._config.optimizer}"
+                f"written by trainer.optimizer = {state['kind']}, but this run has {self._config.optimizer}"
             )
         if list(state["names"]) != list(self._weights):
             changed = sorted(set(state["names"]) ^ set(self._weights))[:3]
@@ -148,8 +148,8 @@ class Optimizer:
         )
         self._clear(targets)
         raise EngineError(
-            f"the gradient of {name} is not finite; no weight was changed. Look for NaN in rewards or advantages, lower "
-            "trainer.learning_rate, or use model.dtype = bfloat16 or float32 in place of float16"
+            f"the gradient of {name} is not finite; no weight was changed. Look for NaN in rewards or advantages, "
+            "lower trainer.learning_rate, or use model.dtype = bfloat16 or float32 in place of float16"
         )
 
     def _clear(self, targets: Mapping[str, nn.Parameter]) -> None:

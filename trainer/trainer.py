@@ -1,4 +1,4 @@
-"""The trainer's verbs: score, forward_backward, optim_step, export, save, load. Mirrors ``rl.service.protocols.Learner``.
+"""The trainer's verbs: score, forward_backward, optim_step, export, save, load; ``Learner`` without the awaiting.
 
 Shape letters: T packed tokens, S tokens in the loss.
 """
