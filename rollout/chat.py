@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain.rl.config import DataConfig, ModelConfig, RolloutConfig
+from posttrain.rl.config import DataConfig, ModelConfig
 from posttrain.rl.errors import ConfigError, DataError
 from posttrain.rl.types import Message, Prompt
 
@@ -42,7 +42,7 @@ class ChatEncoder:
         if use_chat and self._template is None:
             raise ConfigError("data.chat = true, but the tokenizer has no chat template: set model.chat_template")
         self.use_chat: bool = self._template is not None if use_chat is None else use_chat
-        after_reply = self._after_reply() if self._template is not None else []
+        self._opening, after_reply = self._around_reply() if self.use_chat else ("", [])
         self.stop_token_ids: tuple[int, ...] = self._collect_stops(after_reply, extra_stop_ids, generation_eos)
         """Every token that ends a completion."""
         self.end_token_id: int = self._end_token(after_reply)
@@ -87,8 +87,15 @@ class ChatEncoder:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def encode_completion(self, text: str) -> tuple[int, ...]:
-        """Ids of a demonstration, ending with exactly one end token and starting with no BOS."""
-        ids = self._ids(text, add_special_tokens=False)
+        """Ids of a demonstration as they stand behind a prompt: no BOS, exactly one end token.
+
+        The text is encoded behind a line break, since SentencePiece would put a blank in front of a text of its own;
+        where the break melts into the first token (a text that starts with one), on its own after all.
+        """
+        text = self._opening + text
+        context, together = (self._ids(part, add_special_tokens=False) for part in ("\n", "\n" + text))
+        melted = together[: len(context)] != context
+        ids = self._ids(text, add_special_tokens=False) if melted else together[len(context) :]
         while ids and ids[-1] in self.stop_token_ids:
             ids.pop()
         return (*ids, self.end_token_id)
@@ -106,15 +113,18 @@ class ChatEncoder:
     def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
-    def _after_reply(self) -> list[int]:
-        """Ids the template writes after a reply: its first special token ends the turn."""
-        turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": _PROBE}]
+    def _around_reply(self) -> tuple[str, list[int]]:
+        """What the template writes around a reply: blanks in front of it, and the ids behind it."""
+        user = {"role": "user", "content": "1"}
         try:
-            text = self._apply(turns, add_generation_prompt=False)
+            text = self._apply([user, {"role": "assistant", "content": _PROBE}], add_generation_prompt=False)
+            prompt = self._apply([user], add_generation_prompt=True)
         except DataError:
-            return []  # a template that renders prompts only
-        _, found, after = text.rpartition(_PROBE)
-        return self._ids(after, add_special_tokens=False) if found else []
+            return "", []  # a template that renders prompts only, or wants a system turn first
+        before, found, after = text.rpartition(_PROBE)
+        opening = before.removeprefix(prompt) if before.startswith(prompt) else ""
+        blanks = opening if not opening.strip() else ""  # an empty <think> block is not part of the reply
+        return blanks, self._ids(after, add_special_tokens=False) if found else []
 
     def _collect_stops(
         self, after_reply: Sequence[int], extra: Sequence[int], generation_eos: int | Sequence[int] | None
@@ -170,7 +180,7 @@ class ChatEncoder:
 
 
 def load_encoder(
-    model: str | Path, model_config: ModelConfig, data_config: DataConfig, rollout_config: RolloutConfig | None = None
+    model: str | Path, model_config: ModelConfig, data_config: DataConfig, *, extra_stop_ids: Sequence[int] = ()
 ) -> ChatEncoder:
     """Tokenizer, chat template and declared end tokens of a model folder or hub name.
 
@@ -192,7 +202,7 @@ def load_encoder(
         tokenizer,
         chat_template=_template_text(model_config.chat_template),
         use_chat=data_config.chat,
-        extra_stop_ids=rollout_config.stop_token_ids if rollout_config is not None else (),
+        extra_stop_ids=extra_stop_ids,
         generation_eos=declared_eos(model, model_config),
     )
 
