@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain.rl.config import DataConfig, ModelConfig
+from posttrain.rl.config import DataConfig, ModelConfig, RolloutConfig
 from posttrain.rl.errors import ConfigError, DataError
 from posttrain.rl.types import Message, Prompt
 
@@ -180,9 +180,9 @@ class ChatEncoder:
 
 
 def load_encoder(
-    model: str | Path, model_config: ModelConfig, data_config: DataConfig, *, extra_stop_ids: Sequence[int] = ()
+    model: str | Path, model_config: ModelConfig, data_config: DataConfig, rollout_config: RolloutConfig | None = None
 ) -> ChatEncoder:
-    """Tokenizer, chat template and declared end tokens of a model folder or hub name.
+    """Tokenizer, chat template and every end token of a model folder or hub name; ``rollout_config`` may add to them.
 
     Raises ``ConfigError`` where no tokenizer can be loaded.
     """
@@ -202,7 +202,7 @@ def load_encoder(
         tokenizer,
         chat_template=_template_text(model_config.chat_template),
         use_chat=data_config.chat,
-        extra_stop_ids=extra_stop_ids,
+        extra_stop_ids=rollout_config.stop_token_ids if rollout_config is not None else (),
         generation_eos=declared_eos(model, model_config),
     )
 
