@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain.rl.errors import DataError
 from posttrain.rl.run_dir import RunDir
 
 
@@ -28,14 +27,15 @@ def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
 
 
 def write_reward_plot(run: RunDir) -> Path:
-    """Mean reward by step, raw and smoothed, and pass@1 of the evaluations; returns the path of the PNG."""
+    """Mean reward by step, raw and smoothed, and pass@1 of the evaluations; returns the path of the PNG.
+
+    A run that was stopped before its first step gets empty axes.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = run.metrics()
     steps, rewards = series(rows, "reward/mean")
-    if not steps:
-        raise DataError(f"{run.metrics_file} holds no reward/mean yet: nothing to plot")
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -49,7 +49,7 @@ def write_reward_plot(run: RunDir) -> Path:
     axes.set_title(run.path.resolve().name)
     axes.grid(alpha=0.3)
     axes.legend()
-    partial = run.plot_file.with_name(".partial_reward.png")
+    partial = run.plot_file.with_name(".partial_reward.png")  # a name that opening a run clears away
     figure.savefig(partial, format="png")
     partial.replace(run.plot_file)
     return run.plot_file
