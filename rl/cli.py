@@ -97,6 +97,7 @@ def doctor(
 ) -> None:
     """Say what is installed, what this machine can do, and what to install next."""
     with _reporting():
+        loaded = _load(config, overrides or []) if config is not None else None
         from posttrain.rl import doctor as examination
 
         report = examination.examine()
@@ -104,11 +105,9 @@ def doctor(
             typer.echo(json.dumps(examination.as_tree(report)))
         else:
             examination.show(report)
-        if config is not None:
-            from posttrain.rl import config as configuration
+        if loaded is not None:
             from posttrain.rl import memory
 
-            loaded = configuration.load(config, overrides or [])
             memory.check_fits(loaded)
             worst = memory.estimate_memory(loaded, memory.available(loaded.trainer.device))
             typer.echo(f"fits; with every prompt and completion at its limit: {worst.describe()}", err=as_json)
