@@ -7,6 +7,8 @@ import importlib.util
 import re
 from decimal import Decimal, InvalidOperation
 
+from posttrain.rl.rewards.math_verdict import verdicts
+
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
@@ -27,7 +29,8 @@ def final_answer(text: str) -> str | None:
 def math_answer(completion: str, answer: object) -> float:
     """1 when the completion's final answer equals ``answer`` as mathematics, else 0.
 
-    A final answer that cannot be parsed scores 0. Equality is numeric, or decided by math-verify (extra ``math``).
+    A final answer that cannot be parsed scores 0. Numbers are compared as numbers, equal texts are equal, and the rest
+    is decided by math-verify where it is installed (extra ``math``), in a process of its own.
     """
     given = final_answer(completion)
     if given is None:
@@ -40,7 +43,7 @@ def math_answer(completion: str, answer: object) -> float:
         return float(left == right)
     if _plain(given) == _plain(wanted):
         return 1.0
-    return float(_equivalent(given, wanted)) if _has_math_verify() else 0.0
+    return float(verdicts().equal(given, wanted)) if _has_math_verify() else 0.0
 
 
 def _last_boxed(text: str) -> str | None:
@@ -73,14 +76,3 @@ def _plain(text: str) -> str:
 @functools.cache
 def _has_math_verify() -> bool:
     return importlib.util.find_spec("math_verify") is not None
-
-
-def _equivalent(given: str, wanted: str) -> bool:
-    """math-verify's verdict. Its own timeouts use SIGALRM, which only the main thread may: switched off here."""
-    from math_verify import parse, verify
-
-    if len(given) > 200:
-        return False
-    gold = parse(f"${wanted}$", parsing_timeout=None)
-    found = parse(f"${given}$", parsing_timeout=None)
-    return bool(gold) and bool(found) and bool(verify(gold, found, timeout_seconds=None))

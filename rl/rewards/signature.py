@@ -78,7 +78,7 @@ def read(function: Callable[..., Any]) -> Signature:
     if not callable(function):
         raise RewardError(f"a reward is a function, not {function!r}")
     tag = tag_of(function)
-    name = tag.name or function_name(function)
+    name = function_name(function) if tag.name is None else tag.name
     try:
         parameters = inspect.signature(function, eval_str=False).parameters
     except (TypeError, ValueError) as error:
