@@ -85,7 +85,8 @@ class TransformersEngine:
     def sleep(self) -> None:
         """Hand cached memory back to the device; no cache outlives ``generate`` anyway."""
         self._asleep = True
-        _release()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def wake(self) -> None:
         """Undo ``sleep``."""

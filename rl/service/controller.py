@@ -142,6 +142,7 @@ class Controller:
         values |= await self._performance(values, train_s=trained - began, publish_s=time.perf_counter() - trained)
         if self._is_due(self._config.evaluation.every):
             values |= await self._evaluate()
+        self._step_began = time.perf_counter()
         self._parts.sinks.log(self._step, values)
         self._parts.sinks.rollouts(self._step, batch.groups)
         if not batch.groups:
@@ -151,7 +152,6 @@ class Controller:
             )
         if (every := self._config.checkpoint.every) and self._step % every == 0:
             await self._save()
-        self._step_began = time.perf_counter()
 
     def _is_due(self, every: int) -> bool:
         return bool(every) and (self._step % every == 0 or self._step == self._config.steps)

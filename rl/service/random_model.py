@@ -53,6 +53,6 @@ def character_tokenizer(characters: str) -> Any:
 
     alphabet = [PAD, END, *dict.fromkeys(characters)]
     backend = Tokenizer(models.WordLevel({token: index for index, token in enumerate(alphabet)}, unk_token=PAD))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("(?s:.)"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, pad_token=PAD, unk_token=PAD)

@@ -114,7 +114,7 @@ def _preflight(config: Config, source: str) -> None:
 def _encoder(config: Config, source: str) -> ChatEncoder:
     from posttrain.rollout.chat import load_encoder
 
-    return load_encoder(source, config.model, config.data, extra_stop_ids=config.rollout.stop_token_ids)
+    return load_encoder(source, config.model, config.data, config.rollout)
 
 
 async def _train(config: Config, run: RunDir, gathered: Inputs, source: str, resume: bool, stops: _Stops) -> bool:
