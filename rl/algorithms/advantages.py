@@ -132,13 +132,12 @@ def gdpo(inputs: AdvantageInputs, epsilon: float) -> Tensor:
         raise ValueError("gdpo standardises every reward by itself: AdvantageInputs needs components and weights")
     total = inputs.rewards.new_zeros(inputs.rewards.numel())
     for component, weight in zip(components.unbind(1), weights, strict=True):
-        applies = ~component.isnan()
-        groups = _Groups(inputs.group_ids, applies.to(total.dtype))
-        score = _standardise(component.to(total.dtype).where(applies, 0.0), groups, epsilon)
-        total = total + weight * score.where(applies, 0.0)
-    return _standardise(
-        total, _Groups(inputs.group_ids.new_zeros(total.numel()), total.new_ones(total.numel())), epsilon
-    )
+        groups = _Groups(inputs.group_ids, (~component.isnan()).to(total.dtype))
+        total = total + weight * _standardise(component.to(total.dtype), groups, epsilon)
+    total = total.where(~components.isnan().all(1), float("nan"))
+    step = _Groups(inputs.group_ids.new_zeros(total.numel()), (~total.isnan()).to(total.dtype))
+    # each group's scores sum to 0, so the step's mean is 0 but for rounding: what is 0 stays exactly 0
+    return _standardise(total, step, epsilon).where(total != 0, 0.0)
 
 
 ADVANTAGES: dict[str, Callable[[AdvantageInputs, float], Tensor]] = {
