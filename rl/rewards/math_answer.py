@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 
 from posttrain.rl.rewards.math_verdict import verdicts
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
+_NUMBER = re.compile(rf"(?<![\w.,)])(?:-\s?)?\.\d+|(?:(?<![\w)])-\s?)?{_DIGITS}(?:\.\d+)?(?:/{_DIGITS})?", re.ASCII)
+"""Thousands commas, a decimal part, a fraction; a minus behind a digit or bracket is a difference, not a sign."""
 
 
 def final_answer(text: str) -> str | None:
@@ -60,13 +62,12 @@ def _last_boxed(text: str) -> str | None:
 
 
 def _number(text: str) -> Decimal | None:
-    cleaned = text.strip().strip("$").strip().rstrip(".").replace(",", "").replace("\\$", "").removeprefix("$")
-    if not re.fullmatch(r"[+-]?(?:\d{1,60}(?:\.\d{0,60})?|\.\d{1,60})", cleaned, re.ASCII):
+    """A plain number in any of its usual dresses, else ``None``."""
+    cleaned = text.strip().replace("\\$", "$").strip("$ ").rstrip(".")
+    cleaned = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", cleaned).replace("- ", "-")
+    if not re.fullmatch(r"[+-]?\$?(?:\d{1,60}(?:\.\d{0,60})?|\.\d{1,60})", cleaned, re.ASCII):
         return None
-    try:
-        return Decimal(cleaned)
-    except InvalidOperation:
-        return None
+    return Decimal(cleaned.replace("$", ""))
 
 
 def _plain(text: str) -> str:
