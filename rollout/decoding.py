@@ -54,10 +54,10 @@ def decode(model: nn.Module, requests: Sequence[Request], params: SamplingParams
     stops = frozenset(params.stop_token_ids)
     while True:
         logprobs_BV = sampling.processed_logprobs(batch.logits_BV, params, vocab_size)
+        if not bool(logprobs_BV.amax(-1).isfinite().all()):
+            raise EngineError("the model gave logits that are not finite: the weights or the adapter are broken")
         tokens_B = sampling.draw(logprobs_BV, batch.uniforms_B(), greedy=greedy)
         chosen_B = logprobs_BV.gather(1, tokens_B[:, None]).squeeze(1)
-        if not bool(chosen_B.isfinite().all()):
-            raise EngineError("the model gave logits that are not finite: the weights or the adapter are broken")
         finished = []
         for row, token, logprob in zip(active, tokens_B.tolist(), chosen_B.tolist()):
             sample = samples[row]

@@ -180,18 +180,21 @@ class VllmEngine:
 
     def _params(self, params: SamplingParams, seed: int) -> Any:
         """``ignore_eos``: only ``stop_token_ids`` stop a row, as in every engine of ours."""
-        return self._sampling_params(
-            max_tokens=params.max_tokens,
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=params.top_k,
-            min_p=params.min_p,
-            stop_token_ids=list(params.stop_token_ids),
-            ignore_eos=True,
-            seed=seed,
-            logprobs=0,
-            detokenize=False,
-        )
+        try:
+            return self._sampling_params(
+                max_tokens=params.max_tokens,
+                temperature=params.temperature,
+                top_p=params.top_p,
+                top_k=params.top_k,
+                min_p=params.min_p,
+                stop_token_ids=list(params.stop_token_ids),
+                ignore_eos=True,
+                seed=seed,
+                logprobs=0,
+                detokenize=False,
+            )
+        except ValueError as error:
+            raise EngineError(f"vLLM refuses the sampling parameters: {error}") from None
 
     def _completion(self, output: Any) -> Completion:
         ids = tuple(output.token_ids)

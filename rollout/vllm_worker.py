@@ -47,19 +47,20 @@ class WorkerExtension:
             return {}
         slot = manager.lora_index_to_id.index(lora_id)
         mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
-        if mapper is not None and hasattr(mapper, "get_unstacked_mapper"):
-            mapper = mapper.get_unstacked_mapper()
+        # The mapper vLLM's own loader takes: renames, but q, k, v not fused. vLLM 0.26 has the first, 0.32 the second.
+        for method in ("get_unstacked_mapper", "get_rename_mapper"):
+            mapper = getattr(mapper, method, lambda mapper=mapper: mapper)()
         places = {}
         for name, module in manager.modules.items():
             parts = manager.packed_modules.get(name, [name])
-            if len(parts) == len(getattr(module, "lora_a_stacked", ())):
+            stacked = getattr(module, "lora_a_stacked", None)
+            if isinstance(stacked, tuple) and len(parts) == len(stacked):
                 places.update({part: (module, index) for index, part in enumerate(parts)})
         found = {}
         for name in names:
             module_name, is_a = parse_fine_tuned_lora_name(name, mapper)
             if module_name in places:
                 module, index = places[module_name]
-                stacked = module.lora_a_stacked[index] if is_a else module.lora_b_stacked[index]
-                held = stacked[slot, 0]
+                held = (module.lora_a_stacked if is_a else module.lora_b_stacked)[index][slot, 0]
                 found[name] = fingerprint({name: held[:rank] if is_a else held[:, :rank]})
         return found
