@@ -109,7 +109,7 @@ def _from_folder(folder: Path, split: str) -> Rows:
     ]
     mine = mine or [path for path in files if path.parent != folder and path.parent.name == split]
     if not mine:
-        there = ", ".join(path.name for path in files[:8]) or f"no {', '.join(SUFFIXES)} files"
+        there = ", ".join(str(path.relative_to(folder)) for path in files[:8]) or f"no {', '.join(SUFFIXES)} files"
         raise DataError(f"{folder}: no file for split {split} (there: {there}); set data.split, or name one file")
     if len(mine) == 1:
         return _from_file(mine[0])
