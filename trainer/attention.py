@@ -5,6 +5,7 @@ Shape letters: T packed tokens, L one sequence, N query heads, K key/value heads
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import logging
 import math
@@ -171,7 +172,11 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, packing: Packing, rule: _
     window = (-1, 0) if rule.window is None else (rule.window - 1, 0)
     options: dict[str, Any] = {"scale": rule.scale, "window_size": window}
     if q.shape[1] != k.shape[1]:
-        options["enable_gqa"] = True
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        else:  # torch 2.11 wants as many key heads as query heads
+            groups = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     cu, longest = packing.cu_seqlens, packing.max_length
     out = varlen_attn(q, k.contiguous(), v.contiguous(), cu, cu, longest, longest, **options)
     assert isinstance(out, Tensor)
