@@ -10,9 +10,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, NonNegativeFloat, PositiveFloat, SerializeAsAny
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    NonNegativeFloat,
+    PositiveFloat,
+    SerializeAsAny,
+    model_validator,
+)
 
 from posttrain.rl.algorithms.ops import LOG_LIMIT
 
@@ -21,6 +29,7 @@ if TYPE_CHECKING:
 
     from posttrain.rl.algorithms.ops import Tokens
 
+C = TypeVar("C", bound="Correction")
 Level = Literal["token", "sequence", "geometric"]
 
 
@@ -61,6 +70,10 @@ class Mis(Correction):
     low: NonNegativeFloat = 0.0
     high: PositiveFloat = 3.0
 
+    @model_validator(mode="after")
+    def _interval(self) -> Self:
+        return _ordered(self, self.low, self.high)
+
     def weights(self, tokens: Tokens) -> Tensor:
         """See the class."""
         return _inside(sampler_ratio(tokens, self.level), self.low, self.high)
@@ -72,6 +85,10 @@ class IcePop(Correction):
     name: Literal["icepop"] = "icepop"
     low: NonNegativeFloat = 0.5
     high: PositiveFloat = 5.0
+
+    @model_validator(mode="after")
+    def _interval(self) -> Self:
+        return _ordered(self, self.low, self.high)
 
     def weights(self, tokens: Tokens) -> Tensor:
         """See the class."""
@@ -102,6 +119,12 @@ def sampler_ratio(tokens: Tokens, level: Level) -> Tensor:
     elif level == "geometric":
         log_ratio = tokens.spread(tokens.sequence_mean(log_ratio))
     return log_ratio.exp()
+
+
+def _ordered(correction: C, low: float, high: float) -> C:
+    if low > high:
+        raise ValueError(f"{correction.name}: low must be below high (got {low} and {high})")
+    return correction
 
 
 def _inside(ratio: Tensor, low: float, high: float) -> Tensor:
