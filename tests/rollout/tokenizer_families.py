@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 CHATML = (
@@ -35,7 +35,7 @@ def _finish(backend: Tokenizer, special: list[str], template: str, **names: str)
     return tokenizer
 
 
-def _byte_level() -> Tokenizer:
+def byte_level() -> Tokenizer:
     """GPT-2's kind: every byte a token, so any text goes in and comes out again."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({token: index for index, token in enumerate(alphabet)}, []))
@@ -47,13 +47,13 @@ def _byte_level() -> Tokenizer:
 def qwen() -> Any:
     """Byte-level BPE, no BOS, pad = <|endoftext|>, chat turns end with <|im_end|>, which is EOS."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    return _finish(_byte_level(), special, CHATML, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    return _finish(byte_level(), special, CHATML, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
 def llama3() -> Any:
     """Byte-level BPE whose post-processor adds BOS, while the template writes it too; turns end with <|eot_id|>."""
     special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-    backend = _byte_level()
+    backend = byte_level()
     tokenizer = _finish(backend, special, LLAMA3, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>")
     bos = tokenizer.bos_token_id
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -63,7 +63,7 @@ def llama3() -> Any:
     return tokenizer
 
 
-def _metaspace(bos: str) -> Tokenizer:
+def metaspace(bos: str) -> Tokenizer:
     """SentencePiece Unigram over single characters: a blank becomes ▁, one is put in front of any text."""
     pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("▁", -3.0)]
     pieces += [(chr(code), -4.0) for code in range(33, 127)] + [("\n", -4.0)]
@@ -76,15 +76,23 @@ def _metaspace(bos: str) -> Tokenizer:
     return backend
 
 
+def characters() -> Tokenizer:
+    """A token a character of a small alphabet, as toy models have."""
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "4": 1, "+": 2, "=": 3, "2": 4}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    return backend
+
+
 def mistral() -> Any:
     """SentencePiece with BOS and EOS, the turn ends with EOS itself, the template has no generation prompt."""
-    return _finish(_metaspace("<s>"), ["<s>", "</s>"], MISTRAL, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return _finish(metaspace("<s>"), ["<s>", "</s>"], MISTRAL, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def gemma() -> Any:
     """SentencePiece whose EOS is not what ends a chat turn."""
     special = ["<s>", "</s>", "<start_of_turn>", "<end_of_turn>"]
-    return _finish(_metaspace("<s>"), special, GEMMA, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return _finish(metaspace("<s>"), special, GEMMA, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 FAMILIES: dict[str, Callable[[], Any]] = {"qwen": qwen, "llama3": llama3, "mistral": mistral, "gemma": gemma}
