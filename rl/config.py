@@ -9,6 +9,8 @@ import difflib
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
+from datetime import time as clock
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -190,7 +192,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; give the path of a TOML configuration") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     for override in overrides:
         _set(tree, override)
@@ -255,6 +257,8 @@ def _set(tree: dict[str, Any], override: str) -> None:
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
+        value = text.strip()
+    if isinstance(value, date | clock):  # no field holds one, but a run may be called 2026-11-22
         value = text.strip()
     *parents, leaf = key.strip().split(".")
     node = tree
