@@ -116,7 +116,7 @@ def test_kl_and_entropy_terms_are_not_weighed() -> None:
 
 def test_correction_without_the_samplers_logprobs_says_what_is_missing() -> None:
     inputs = replace(mismatch([[1.0]]), rollout_logprobs=None)
-    with pytest.raises(ValueError, match="correction tis needs .*rollout_logprobs"):
+    with pytest.raises(ValueError, match=r"correction tis needs .*rollout_logprobs"):
         parse({"name": "grpo", "correction": "tis"}).loss(inputs)
 
 
