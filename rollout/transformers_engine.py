@@ -111,7 +111,8 @@ class TransformersEngine:
 
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = resolve_dtype(self._config.dtype, device)
+        capability = torch.cuda.get_device_capability(device)[0] if device.startswith("cuda") else None
+        dtype = resolve_dtype(self._config.dtype, capability)
         return AutoModelForCausalLM.from_pretrained(self._source, dtype=dtype, **self._hub(self._source)).to(device)
 
     def _wrap(self, base_weights: Mapping[str, Tensor]) -> Any:
@@ -250,13 +251,16 @@ def vocabulary_size(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def resolve_dtype(name: str, device: str) -> torch.dtype:
-    """``model.dtype`` for a device: auto is bfloat16 on a GPU that has it, float16 on older ones, float32 on a CPU."""
+def resolve_dtype(name: str, capability: int | None) -> torch.dtype:
+    """``model.dtype`` for a device, given the GPU's major compute capability (``None``: a CPU).
+
+    auto: bfloat16 from Ampere (8) on, float16 on older GPUs, float32 on a CPU.
+    """
     if name != "auto":
         return cast(torch.dtype, getattr(torch, name))
-    if not device.startswith("cuda"):
+    if capability is None:
         return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    return torch.bfloat16 if capability >= 8 else torch.float16
 
 
 def _release() -> None:

@@ -62,14 +62,19 @@ class VllmEngine:
             trust_remote_code=model.trust_remote_code,
             **({"revision": revision} if revision else {}),
         )
-        self._dtype = resolve_dtype(model.dtype, "cuda" if self._on_gpu else "cpu")
+        # vLLM's own question to the driver: torch would open a CUDA context in this process.
+        capability = current_platform.get_device_capability() if self._on_gpu else None
+        self._dtype = resolve_dtype(model.dtype, capability.major if capability else None)
         if self._dtype == torch.float64:
             raise EngineError('vLLM has no float64: use model.dtype = "float32" or rollout.engine = "transformers"')
         self._request: Any = None
         self._lora_id = 0
         self._policy_version = 0
         self._sleeping: set[str] = set()
-        self._llm: Any = vllm.LLM(**{**self._default_args(model, rollout), **(engine_args or {})})
+        try:
+            self._llm: Any = vllm.LLM(**{**self._default_args(model, rollout), **(engine_args or {})})
+        except (ValueError, RuntimeError) as error:
+            raise EngineError(f"vLLM did not start on {self._source}: {error}") from error
         self._rpc("posttrain_bound_vocabulary", vocabulary_size(self._tokenizer))
 
     def generate(self, prompts: Sequence[Prompt], n: int, params: SamplingParams) -> list[list[Completion]]:
