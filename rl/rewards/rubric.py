@@ -60,6 +60,12 @@ class Rubric:
                     f"column of the dataset (columns: {', '.join(known) or 'none'}; the style itself provides "
                     f"{', '.join(signature.provided())}): rename the argument, give it a default, or add the column"
                 )
+            if hidden := signature.hidden(known):
+                raise RewardError(
+                    f"reward {signature.name} ({signature.style}) asks for {hidden[0]}, which is both a column of "
+                    "the dataset and something the loop provides: rename the column, or read it through the argument "
+                    'columns (columns["' + hidden[0] + '"], posttrain style)'
+                )
 
     async def score(
         self, groups: Sequence[tuple[Prompt, Sequence[Completion]]], *, step: int = 0

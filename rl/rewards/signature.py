@@ -68,6 +68,11 @@ class Signature:
         """Names this style fills without a column."""
         return {"posttrain": PER_SAMPLE, "trl": TRL_NAMES, "verifiers": VERIFIERS_NAMES}[self.style]
 
+    def hidden(self, columns: Collection[str]) -> list[str]:
+        """Asked-for names that a column has too, where it is open which of the two is meant."""
+        clear = {"prompt", "prompts", "completion", "completions", "info", "task"}
+        return [name for name in self.names if name in self.provided() and name in columns and name not in clear]
+
     def missing(self, columns: Collection[str]) -> list[str]:
         """Required parameters that neither the style nor the dataset provides."""
         return [name for name in self.required if name not in self.provided() and name not in columns]

@@ -305,6 +305,21 @@ def test_check_refuses_missing_columns_before_anything_runs() -> None:
     Rubric([correct]).check(["solution"])
 
 
+def test_a_column_named_like_something_the_loop_provides_is_refused_where_it_is_asked_for() -> None:
+    def by_step(completion: str, step: int) -> float:
+        return float(step)
+
+    def by_column(completion: str, columns) -> float:
+        return float(columns["step"])
+
+    with pytest.raises(RewardError, match=r"by_step .* asks for step, which is both a column"):
+        Rubric([by_step]).check(["step", "answer"])
+    Rubric([by_step]).check(["answer"])
+    rubric = Rubric([by_column])
+    rubric.check(["step"])
+    assert run(rubric, [(Prompt("0-0", "x", {"step": 5}), [sample("a")])], 9)[0].rollouts[0].reward == 5.0
+
+
 def test_a_row_without_the_column_is_an_error_and_a_default_is_used() -> None:
     def needs(completion: str, answer: str) -> float:
         return 1.0
