@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -37,7 +38,7 @@ class ActorCaller:
     async def __call__(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """See ``Caller``; our own errors arrive as they were raised, a dead process as ``EngineError``."""
         try:
-            return await getattr(self._actor, method).remote(*args, **kwargs)
+            return await self._actor.call.remote(method, *args, **kwargs)
         except RayTaskError as error:
             if isinstance(error.cause, PosttrainError):
                 raise error.cause from None
@@ -64,9 +65,25 @@ class Resources:
     """0.5 lets two actors share one GPU; 0 for none."""
 
 
+class _Host:
+    """What the actor's process runs. It builds the object at the first call: an exception from an actor's own
+    constructor would arrive as text only.
+    """
+
+    def __init__(self, kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._build = partial(kind, *args, **kwargs)
+        self._target: Any = None
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Run one method of the object."""
+        if self._target is None:
+            self._target = self._build()
+        return getattr(self._target, method)(*args, **kwargs)
+
+
 def start(kind: type, name: str, resources: Resources, *args: Any, **kwargs: Any) -> ActorCaller:
     """Start ``kind(*args, **kwargs)`` as an actor; construction runs in its process, errors show at the first call."""
     options: dict[str, Any] = {"num_cpus": 0, "num_gpus": resources.gpu_share}
     options |= {"max_restarts": 0, "max_task_retries": 0}
     options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(resources.cpu_threads)}}
-    return ActorCaller(ray.remote(kind).options(**options).remote(*args, **kwargs), name)
+    return ActorCaller(ray.remote(_Host).options(**options).remote(kind, args, kwargs), name)

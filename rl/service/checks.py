@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from posttrain.rl.algorithms.policy import SamplerAnchored
 from posttrain.rl.errors import EngineError
 
 if TYPE_CHECKING:
@@ -28,9 +29,13 @@ class Checks:
         self._warned_kl = False
 
     def step(self, values: Mapping[str, float], *, rescored: bool) -> None:
-        """Look at a step's figures; ``rescored`` where old logprobs came from a pass of their own, one update."""
-        ratio = values.get("policy/ratio_max", 1.0)
-        if rescored and abs(ratio - 1.0) > RATIO_TOLERANCE:
+        """Look at a step's figures; ``rescored`` where old logprobs came from a pass of their own."""
+        trainer = self._config.trainer
+        one_update = trainer.updates_per_batch * trainer.epochs_per_batch == 1  # after the first the ratio does move
+        to_old_policy = not isinstance(self._config.algorithm, SamplerAnchored)
+        ratios = (values.get("policy/ratio_mean", 1.0), values.get("policy/ratio_max", 1.0))
+        ratio = max(ratios, key=lambda value: abs(value - 1.0))
+        if rescored and one_update and to_old_policy and abs(ratio - 1.0) > RATIO_TOLERANCE:
             self._warn(
                 f"exp(logprobs - old_logprobs) reaches {ratio:.6g} on the very policy that is trained: the trainer "
                 "does not repeat its own forward pass (dropout, a non-deterministic kernel, or weights that moved)"

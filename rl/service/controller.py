@@ -55,7 +55,7 @@ class Controller:
         self._policy_version = progress.policy_version
         self._resumed = progress.resumed
         self._saved: int | None = progress.step if progress.resumed else None
-        self._between_steps = True  # False while a batch is half trained: not a moment to save
+        self._between_steps = True  # False until a step is trained, published and logged: not a moment to save
         self._buffer = RolloutBuffer(progress.step, parts.config.rollout.max_staleness, progress.pending)
         self._sampling = asyncio.Lock()
         self._stop = asyncio.Event()
@@ -118,7 +118,7 @@ class Controller:
             waited: set[asyncio.Task[object]] = {take, stop, producing}
             while not (take.done() or stop.done()):
                 await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-                if producing.done() and producing.exception():
+                if producing.done() and not take.done():  # a batch that is there is trained before a failure shows
                     producing.result()
                 waited.discard(producing)
             return take.result() if take.done() else None
@@ -137,14 +137,14 @@ class Controller:
         trained = time.perf_counter()
         await self._publish(values)
         self._step = batch.step
-        self._between_steps = True
-        await self._buffer.mark_trained(self._step)
         values |= await self._performance(values, train_s=trained - began, publish_s=time.perf_counter() - trained)
-        if self._is_due(self._config.evaluation.every):
+        if self._is_due(self._config.evaluation.every):  # before the next batch may start: the sampler is awake
             values |= await self._evaluate()
         self._step_began = time.perf_counter()
         self._parts.sinks.log(self._step, values)
         self._parts.sinks.rollouts(self._step, batch.groups)
+        self._between_steps = True
+        await self._buffer.mark_trained(self._step)
         if not batch.groups:
             self._parts.sinks.message(
                 f"step {self._step}: every group earned equal rewards after {self._config.rollout.max_refills} refills"

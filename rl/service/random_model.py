@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from posttrain.rl.durable import PARTIAL
 from posttrain.rl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -14,12 +16,18 @@ END, PAD = "<end>", "<pad>"
 
 
 def materialize(model: ModelConfig, folder: Path) -> str:
-    """Name or folder to load the model from: ``model.name``, or ``folder`` after the random model was written there."""
+    """Name or folder to load the model from: ``model.name``, or ``folder`` after the random model was written there.
+
+    The folder appears in one rename, so a process killed while writing leaves none that a resumed run would load.
+    """
     if model.random is None:
         assert model.name is not None
         return model.name
-    if not (folder / "config.json").exists():
-        _write(model.random, model.tokenizer, folder)
+    if not folder.exists():
+        partial = folder.with_name(f"{PARTIAL}{folder.name}")
+        shutil.rmtree(partial, ignore_errors=True)
+        _write(model.random, model.tokenizer, partial)
+        partial.rename(folder)
     return str(folder)
 
 

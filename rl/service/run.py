@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Coroutine, Iterator
@@ -15,14 +16,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from posttrain.rl.config import Config
 from posttrain.rl.data import PromptSource, make_prompts
-from posttrain.rl.errors import ConfigError
+from posttrain.rl.errors import ConfigError, PosttrainError
 from posttrain.rl.run_dir import RunDir
 from posttrain.rl.service import inputs, state
 from posttrain.rl.service.controller import Controller, Parts
 from posttrain.rl.service.evaluation import Evaluator
 from posttrain.rl.service.inputs import Given, Inputs
 from posttrain.rl.service.learning import LearningStep
-from posttrain.rl.service.placement import place
+from posttrain.rl.service.placement import engine_name, place
 from posttrain.rl.service.production import Producer
 from posttrain.rl.service.random_model import materialize
 from posttrain.rl.service.warm_start import warm_start
@@ -61,6 +62,7 @@ def train(
     gathered = inputs.gather(config, given, base)
     run = RunDir.open(resume) if resume else None
     source = _source(config, base)
+    engine_name(config)  # raises where it cannot run
     if source is not None:
         _preflight(config, source)
     if run is None:
@@ -68,7 +70,7 @@ def train(
     with run.lock():
         if resume:
             run.write_config(config.tree())
-        source = source or materialize(config.model, run.model_dir)
+        source = source or _random_model(config, run, new=not resume)
         interrupted = _run_to_end(partial(_train, config, run, gathered, source, bool(resume)))
     if interrupted:
         raise KeyboardInterrupt
@@ -101,6 +103,16 @@ def _source(config: Config, base: Path | None) -> str | None:
     if name.startswith(("/", "./", "../", "~")):
         raise ConfigError(f"model.name: no folder {local}")
     return name
+
+
+def _random_model(config: Config, run: RunDir, *, new: bool) -> str:
+    """The folder of the run's own model; a new run whose model cannot be built leaves no folder behind."""
+    try:
+        return materialize(config.model, run.model_dir)
+    except PosttrainError:
+        if new:
+            shutil.rmtree(run.path)
+        raise
 
 
 def _preflight(config: Config, source: str) -> None:
@@ -141,7 +153,7 @@ async def _train(config: Config, run: RunDir, gathered: Inputs, source: str, res
                     config,
                     learner,
                     gathered.rubric.weights,
-                    lambda step: learning_rate_at(step, config.steps, config.trainer),
+                    lambda step: learning_rate_at(step - 1, config.steps, config.trainer),
                 ),
                 sinks=sinks,
                 evaluator=_evaluator(config, gathered, encoder, sampler),

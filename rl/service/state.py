@@ -32,7 +32,7 @@ def write(folder: Path, progress: Progress) -> None:
     """Write into a checkpoint folder; ``state.json`` last, because it marks the checkpoint as whole."""
     with (folder / PENDING_FILE).open("w", encoding="utf-8") as file:
         for batch in progress.pending:
-            file.write(json.dumps(batch_to_json(batch), default=repr) + "\n")
+            file.write(json.dumps(batch_to_json(batch), default=str) + "\n")
     state = {"step": progress.step, "policy_version": progress.policy_version, "cursor": progress.cursor}
     (folder / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
 
