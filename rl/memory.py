@@ -50,11 +50,14 @@ class MemoryEstimate:
     sampler: int
     """A second copy of the weights for sampling, or vLLM's share of the GPU."""
     adapter: int
+    """Of full fine-tuning in half precision: the float32 masters."""
     gradients: int
     optimizer: int
     activations: int
     """Of the largest micro-batch, with the log-probabilities of its tokens."""
     kv_cache: int
+    overlapped: bool = False
+    """Sampling goes on while the trainer works (``rollout.max_staleness``)."""
 
     @property
     def fixed(self) -> int:
@@ -63,8 +66,9 @@ class MemoryEstimate:
 
     @property
     def varying(self) -> int:
-        """At the worst moment: sampling and training take turns."""
-        return max(self.activations, self.kv_cache)
+        """At the worst moment; sampling and training take turns unless they overlap."""
+        both = (self.activations, self.kv_cache)
+        return sum(both) if self.overlapped else max(both)
 
     @property
     def total(self) -> int:
@@ -136,14 +140,15 @@ def estimate_memory(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     weights = _stored_size(config.model, model.config) or parameters * size
     trainer = config.trainer
+    wide = max(4, size)  # half precision is trained through float32: the adapter, or a master of every weight
     if trainer.method == "lora":
         trainable = lora_parameters(model, trainer.lora)
-        adapter = 4 * trainable  # float32, whatever the base is
-        gradients = adapter
+        adapter = wide * trainable
     else:
-        trainable, adapter = parameters, 0
-        gradients = parameters * size
-    moments = 2 * trainable * (1 if trainer.optimizer == "adamw_8bit" else max(4, size))
+        trainable = parameters
+        adapter = wide * trainable if size < 4 else 0
+    gradients = wide * trainable
+    moments = 2 * trainable * (1 if trainer.optimizer == "adamw_8bit" else wide)
     engine = config.rollout.engine
     uses_vllm = engine == "vllm" or (engine == "auto" and on_gpu and importlib.util.find_spec("vllm") is not None)
     if uses_vllm:
@@ -161,6 +166,7 @@ def estimate_memory(
         optimizer=moments,
         activations=_activations(config, model, size, length),
         kv_cache=0 if uses_vllm else _kv_cache(config, model.config, size, length),
+        overlapped=config.rollout.max_staleness > 0,
     )
 
 
