@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, Self, cast
+from typing import TYPE_CHECKING, Protocol, Self
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,7 +110,7 @@ def merge(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
     merged: dict[str, Metric] = {}
     for part in parts:
         for key, metric in part.items():
-            merged[key] = cast("Metric", merged[key].merge(metric)) if key in merged else metric
+            merged[key] = merged[key].merge(metric) if key in merged else metric
     return merged
 
 

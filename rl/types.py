@@ -52,7 +52,7 @@ class Completion:
     completion_ids: tuple[int, ...]
     """Token ids as sampled, the stop token included when ``finish_reason`` is ``"stop"``."""
     rollout_logprobs: tuple[float, ...]
-    """Log-probability of each sampled token under the distribution it was drawn from (temperature and truncation in)."""
+    """Log-probability of each sampled token under the distribution it was drawn from, temperature and truncation in."""
     text: str
     """Decoded without special tokens; what rewards see. Never re-encoded."""
     finish_reason: FinishReason
