@@ -51,8 +51,8 @@ def assign_advantages(
     """Write ``rollout.advantage`` of every rollout; rewards carry the algorithm's length penalty from here on.
 
     A group is its place in ``groups``, never its prompt's text. Under the overlong filter truncated completions count
-    in their group's mean and std (as in DAPO, TRL and verl, which mask the loss alone) but with no loss tokens. A
-    completion to which no reward applies has none: NaN in, advantage 0 out.
+    in their group's mean and std (as in TRL: DAPO masks the loss alone, and the reward is real), but with no loss
+    tokens. A completion to which no reward applies has none: NaN in, advantage 0 out.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     if not rollouts:
