@@ -15,6 +15,8 @@ from posttrain.rl.types import RolloutGroup
 _WINDOW = 20
 """Steps whose mean duration gives the time that is left."""
 
+_EVALUATED = {"eval/reward/mean": "reward"}
+
 
 class ConsoleSink:
     """Step, reward, completion length, KL, tokens/s and the time left."""
@@ -52,7 +54,7 @@ class ConsoleSink:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Show one step; figures of an evaluation get a line of their own, which stays."""
-        evaluation = {key: value for key, value in values.items() if key.startswith("eval/")}
+        evaluation = [key for key in values if key == "eval/reward/mean" or key.startswith("eval/pass@")]
         if "reward/mean" in values:
             self._times.append(self._clock())
             figures = "  ".join(_figures(values))
@@ -63,7 +65,9 @@ class ConsoleSink:
             else:
                 self._print(f"step {step}/{self._total}  {figures}{left}")
         if evaluation:
-            shown = "  ".join(f"{key.removeprefix('eval/')} {value:.3f}" for key, value in evaluation.items())
+            shown = "  ".join(
+                f"{_EVALUATED.get(key, key.removeprefix('eval/'))} {values[key]:.3f}" for key in evaluation
+            )
             self._print(f"evaluation after step {step}  {shown}")
 
     def rollouts(self, step: int, groups: Sequence[RolloutGroup], *, evaluation: bool = False) -> None:

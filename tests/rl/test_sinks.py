@@ -162,7 +162,9 @@ def test_plain_lines_show_the_figures_and_the_time_left(run: RunDir) -> None:
     sink = ConsoleSink(200, clock=ticking(100.0, 103.0, 108.0, 110.0), console=console)
     sink.start(run)
     values = {"reward/mean": 0.25, "rollout/completion_tokens": 12.34, "perf/tokens_per_second": 1234.5}
-    sink.log(0, {"eval/pass@1": 0.1, "eval/pass@4": 0.4})
+    sink.log(
+        0, {"warm_start/loss": 1.0, "eval/reward/mean": 0.2, "eval/pass@1": 0.1, "eval/pass@4": 0.4, "eval/n": 9.0}
+    )
     sink.log(1, {**values, "policy/kl_sampler": 1.5e-5})
     sink.log(2, {**values, "policy/kl_sampler": 1.5e-5, "policy/kl_ref": 0.011})
     sink.log(3, {**values, "reward/mean": math.nan, "eval/pass@1": 0.75})
@@ -171,7 +173,7 @@ def test_plain_lines_show_the_figures_and_the_time_left(run: RunDir) -> None:
     sink.close()
     assert text.getvalue().splitlines() == [
         f"run {run.path}",
-        "evaluation after step 0  pass@1 0.100  pass@4 0.400",
+        "evaluation after step 0  reward 0.200  pass@1 0.100  pass@4 0.400",
         "step 1/200  reward 0.250  length 12.3  kl 1.5e-05  tok/s 1,234",
         "step 2/200  reward 0.250  length 12.3  kl 0.011  tok/s 1,234  9m54s left",  # 3 s a step, 198 to go
         "step 3/200  reward –  length 12.3  tok/s 1,234  13m08s left",  # 4 s a step, 197 to go
