@@ -82,6 +82,11 @@ def test_draw_inverts_the_cumulative_distribution() -> None:
     assert drawn.tolist() == [0, 0, 2, 2, 2, 3, 3]
 
 
+def test_draw_of_zero_gives_the_first_token_that_has_probability() -> None:
+    logprobs = torch.tensor([[0.0, 0.0, 0.5, 0.5]]).log()
+    assert sampling.draw(logprobs, torch.zeros(1, dtype=torch.float64), greedy=False).tolist() == [2]
+
+
 def test_draw_never_leaves_the_kept_tokens_at_the_upper_end() -> None:
     generator = torch.Generator().manual_seed(0)
     logprobs = (torch.randn(200, 33, generator=generator) * 3).log_softmax(-1)
