@@ -130,7 +130,7 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, ratio: Tensor, estimator:
     d = (ref_logprobs - logprobs).clamp(-LOG_LIMIT, LOG_LIMIT)
     if estimator == "k2":
         return d.square() / 2
-    kl = -d if estimator.startswith("k1") else d.exp() - d - 1
+    kl = -d if estimator.startswith("k1") else d.expm1() - d
     return kl * ratio if estimator.endswith("ratio") else kl
 
 

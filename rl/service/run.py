@@ -59,6 +59,7 @@ def train(
     for anything the user can put right, before a model is loaded wherever that can be known.
     """
     given = given or Given()
+    _quiet_libraries(config)
     gathered = inputs.gather(config, given, base)
     run = RunDir.open(resume) if resume else None
     source = _source(config, base)
@@ -90,6 +91,14 @@ def evaluate(config: Config, *, checkpoint: Path | None = None, base: Path | Non
             raise ConfigError("a random model exists only inside its run: give the run to evaluate")
         source = str(RunDir.find(checkpoint)[0].model_dir)
     return _run_to_end(partial(_evaluate, config, gathered, source, checkpoint))
+
+
+def _quiet_libraries(config: Config) -> None:
+    """transformers' progress bars would tear the live display; they stay only where there is no console of ours."""
+    if config.logging.console != "off":
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
 
 
 def _source(config: Config, base: Path | None) -> str | None:
