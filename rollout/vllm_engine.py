@@ -170,7 +170,22 @@ class VllmEngine:
         if self._lora_rank is not None:
             # Two in host memory, one in use: the version in use survives until the next one has been checked.
             args |= {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 2, "max_lora_rank": self._allowed_rank()}
+            # Left to itself vLLM gives the head a slot too: vocabulary times rank for nothing, and 0.26 cannot start
+            # with it where the vocabulary is no multiple of 64.
+            args["lora_target_modules"] = self._linear_layers(model)
         return args
+
+    def _linear_layers(self, model: ModelConfig) -> list[str]:
+        """Names (last part) of every linear layer but the head, from a model without storage."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        options = {"trust_remote_code": model.trust_remote_code}
+        config = AutoConfig.from_pretrained(self._source, revision=model.revision, **options)
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(config, **options)
+        head = network.get_output_embeddings()
+        layers = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, torch.nn.Linear)]
+        return sorted({name.rpartition(".")[2] for name, layer in layers if layer is not head})
 
     def _allowed_rank(self) -> int:
         """Smallest rank on vLLM's list that holds the adapter's."""
