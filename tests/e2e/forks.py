@@ -5,6 +5,7 @@ As a script it is the server: it imports everything once, then forks for every l
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -148,20 +149,30 @@ def _child(order: dict) -> None:
     os._exit(status)
 
 
-def _serve() -> None:
-    import matplotlib.backends.backend_agg  # noqa: F401
+def _import_everything() -> None:
+    """What a run would import or build on its first use: a model written and read."""
+    import tempfile
+
     import peft  # noqa: F401
-    import transformers
-    from transformers.models.qwen3 import modeling_qwen3  # noqa: F401
+    import torch._dynamo  # noqa: F401  # by the first optimizer step
+    from transformers import AutoModelForCausalLM
 
     import posttrain.rl.memory
-    import posttrain.rl.plot
     import posttrain.rl.service.run
-    import posttrain.rollout.chat
     import posttrain.rollout.transformers_engine
     import posttrain.trainer.trainer  # noqa: F401
+    from posttrain.rl.config import ModelConfig, load
+    from posttrain.rl.service.random_model import materialize
 
-    assert transformers.AutoModelForCausalLM and transformers.AutoTokenizer
+    config = load(Path(__file__).with_name("tiny.toml"))
+    assert isinstance(config.model, ModelConfig)
+    with tempfile.TemporaryDirectory() as folder:
+        AutoModelForCausalLM.from_pretrained(materialize(config.model, Path(folder) / "model"))
+
+
+def _serve() -> None:
+    _import_everything()
+    gc.freeze()  # or each run's garbage collection copies all of it
     out = os.fdopen(os.dup(1), "w")
 
     def say(message: dict) -> None:
