@@ -20,13 +20,14 @@ class RolloutBuffer:
     def __init__(self, trained: int, max_staleness: int, pending: Iterable[Batch] = ()) -> None:
         self._batches = deque(pending)
         self._trained = trained
+        self._produced = self._batches[-1].step if self._batches else trained
         self._max_staleness = max_staleness
         self._changed = asyncio.Condition()
 
     @property
     def next_step(self) -> int:
         """The step whose batch is to be produced next."""
-        return self._batches[-1].step + 1 if self._batches else self._trained + 1
+        return self._produced + 1
 
     def pending(self) -> list[Batch]:
         """Batches produced and not yet taken."""
@@ -41,6 +42,7 @@ class RolloutBuffer:
         """Add the next batch."""
         async with self._changed:
             self._batches.append(batch)
+            self._produced = batch.step
             self._changed.notify_all()
 
     async def take(self) -> Batch:

@@ -102,6 +102,8 @@ class Controller:
         while (step := self._buffer.next_step) <= self._config.steps:
             await self._buffer.wait_for_room(step)
             async with self._sampling:
+                if self._stop.is_set():  # a batch begun now would hold up the end, and be drawn again all the same
+                    return
                 batch = await self._parts.producer.produce(step)
                 if self._config.rollout.max_staleness == 0:
                     await self._parts.sampler.sleep()

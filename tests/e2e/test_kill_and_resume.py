@@ -216,8 +216,6 @@ def test_ctrl_c_saves_and_the_resumed_run_is_equal(
     saved = run.latest_checkpoint()[0]
     assert 3 <= saved < STEPS and run.metrics()[-1]["step"] == saved
     assert "stopping" in process.output() and "Traceback" not in process.output()
-    pending = (run.checkpoint_dir(saved) / "pending.jsonl").read_text().splitlines()
-    assert json.loads(pending[0])["step"] == saved + 1, "the batch in flight is kept"
     assert forks.run(["train", "--resume", run.path, "--set", "checkpoint.every=2"]) == 0
     assert_same_run(run, references[mode])
 
