@@ -11,7 +11,7 @@ from posttrain.rl.config import Config, RewardSpec
 from posttrain.rl.data import columns_of, load_demonstrations, load_rows, prompt_column, split_eval
 from posttrain.rl.errors import ConfigError
 from posttrain.rl.rewards import Rubric, reference, resolve
-from posttrain.rl.rewards.decorator import tag_of
+from posttrain.rl.rewards.signature import read
 from posttrain.rl.rows import Rows
 from posttrain.rl.types import Prompt
 
@@ -64,7 +64,7 @@ def named_rewards(functions: Sequence[Callable[..., Any]]) -> list[RewardSpec]:
         try:
             specs.append(RewardSpec(name=reference(function)))
         except ConfigError:
-            specs.append(RewardSpec(name=f"{IN_PYTHON}:{tag_of(function).name}"))
+            specs.append(RewardSpec(name=f"{IN_PYTHON}:{read(function).name}"))
     return specs
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import os
 from collections.abc import AsyncIterator
@@ -28,8 +29,15 @@ def engine_name(config: Config) -> str:
     wanted = config.rollout.engine
     if wanted == "vllm" and not installed:
         raise EngineError('rollout.engine = "vllm" needs vLLM: pip install "posttrain[vllm]", or use "transformers"')
+    adapter = config.trainer.method == "lora"
+    if wanted == "vllm" and not adapter:
+        raise EngineError(
+            'rollout.engine = "vllm" takes LoRA adapters only: use trainer.method = "lora" or '
+            'rollout.engine = "transformers"'
+        )
     if wanted == "auto":
-        return "vllm" if installed and torch.cuda.is_available() and config.trainer.device != "cpu" else "transformers"
+        on_gpu = torch.cuda.is_available() and config.trainer.device != "cpu"
+        return "vllm" if installed and on_gpu and adapter else "transformers"
     return wanted
 
 
@@ -79,7 +87,7 @@ def _embedded(config: Config, source: str) -> tuple[Caller, Caller]:
 
 
 async def _actors(config: Config, source: str) -> tuple[Caller, Caller]:
-    """Two Ray actors, half a GPU each where there is one; the engine is up before the trainer starts."""
+    """Two Ray actors, half a GPU each where there is one; vLLM, which measures free memory, is up before the trainer."""
     import torch
 
     from posttrain.rl.service.actors import Resources, start
@@ -89,8 +97,10 @@ async def _actors(config: Config, source: str) -> tuple[Caller, Caller]:
     resources = Resources(cpu_threads(config, source), gpu)
     kind, arguments, options = _engine(config, source)
     sampler = start(kind, "sampler", resources, *arguments, **options)
-    await sampler("wake")
+    if engine_name(config) == "vllm":
+        await sampler("wake")
     learner = start(Trainer, "trainer", resources, source, config.model, config.trainer, seed=config.seed)
+    await asyncio.gather(sampler("wake"), learner("memory"))  # builds both at once
     return sampler, learner
 
 
@@ -101,11 +111,6 @@ def _engine(config: Config, source: str) -> tuple[type[Any], tuple[Any, ...], di
     if engine_name(config) == "vllm":
         from posttrain.rollout.vllm_engine import VllmEngine
 
-        if config.trainer.method == "full":
-            raise EngineError(
-                'rollout.engine = "vllm" takes LoRA adapters only: use trainer.method = "lora" or '
-                'rollout.engine = "transformers"'
-            )
         return VllmEngine, arguments, {"lora_rank": config.trainer.lora.rank}
     from posttrain.rollout.transformers_engine import TransformersEngine
 

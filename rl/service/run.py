@@ -69,8 +69,6 @@ def train(
     if run is None:
         run = RunDir.create(config.output_dir, config.run_name, config.tree(), base=base)
     with run.lock():
-        if resume:
-            run.write_config(config.tree())
         source = source or _random_model(config, run, new=not resume)
         interrupted = _run_to_end(partial(_train, config, run, gathered, source, bool(resume)))
     if interrupted:
@@ -152,6 +150,8 @@ async def _train(config: Config, run: RunDir, gathered: Inputs, source: str, res
         async with place(config, source) as (sampler, learner):
             if progress.resumed:
                 await learner.load(run.checkpoint_dir(progress.step))
+            if resume:  # only now is it known that what was changed fits the checkpoint
+                run.write_config(config.tree())
             parts = Parts(
                 config=config,
                 run=run,

@@ -9,8 +9,7 @@ import pytest
 
 from posttrain.rl.errors import EngineError, RewardError
 from posttrain.rl.metrics import Max, Mean
-
-from ...fakes import FakeLearner, Loop, config, numbered
+from tests.fakes import FakeLearner, Loop, config, numbered
 
 KINDS = ("load", "sample", "score", "train", "step")
 

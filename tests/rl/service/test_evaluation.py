@@ -8,8 +8,7 @@ import pytest
 
 from posttrain.rl.rewards import Rubric
 from posttrain.rl.service.evaluation import Evaluator, pass_at_k
-
-from ...fakes import STOP_ID, FakeSampler, config, prompt
+from tests.fakes import STOP_ID, FakeSampler, config, prompt
 
 
 def test_pass_at_k_is_the_share_of_draws_with_a_pass() -> None:

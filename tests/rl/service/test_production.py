@@ -21,8 +21,7 @@ from posttrain.rl.service.production import (
     tied,
 )
 from posttrain.rl.types import RolloutGroup
-
-from ...fakes import STOP_ID, FakeSampler, completion, config, encode, group, prompt, questions
+from tests.fakes import STOP_ID, FakeSampler, completion, config, encode, group, prompt, questions
 
 DYNAMIC = {"name": "grpo", "dynamic_sampling": True}
 

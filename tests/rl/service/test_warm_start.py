@@ -9,8 +9,7 @@ import pytest
 from posttrain.rl.config import WarmStartConfig
 from posttrain.rl.metrics import Sum
 from posttrain.rl.service.warm_start import warm_start
-
-from ...fakes import FakeLearner, config
+from tests.fakes import FakeLearner, config
 
 EXAMPLES = [((5, index), (7, 8, index)) for index in range(10)]
 

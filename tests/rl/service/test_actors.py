@@ -1,0 +1,140 @@
+"""Sampler and trainer as Ray actors, on a Ray started here: the same figures, our own errors, nothing left running."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import ray
+
+from posttrain import rl
+from posttrain.rl.errors import CheckpointError, ConfigError, EngineError
+from posttrain.rl.service import actors
+from posttrain.rl.service.actors import Resources, ray_session, start
+
+from .tiny_runs import ROWS, reproducible, settings, spread
+
+RESOURCES = Resources(cpu_threads=1, gpu_share=0.0)
+
+
+class Target:
+    """What an actor is asked to hold."""
+
+    def __init__(self, fail: bool = False) -> None:
+        if fail:
+            raise ConfigError("no such model: set model.name")
+        self.calls = 0
+
+    def count(self, step: int, *, times: int = 1) -> int:
+        self.calls += step * times
+        return self.calls
+
+    def fail_ours(self) -> None:
+        raise CheckpointError("the adapter does not fit; start a new run")
+
+    def fail_theirs(self) -> None:
+        raise ZeroDivisionError("a bug")
+
+    def die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def place(self) -> tuple[int, str | None]:
+        return os.getpid(), os.environ.get("OMP_NUM_THREADS")
+
+
+@pytest.fixture(scope="module")
+def session():
+    """One Ray for the tests of this file that do not start their own."""
+    assert not ray.is_initialized()
+    with ray_session():
+        yield
+    assert not ray.is_initialized()
+
+
+async def test_calls_reach_one_object_in_another_process(session) -> None:
+    caller = start(Target, "sampler", Resources(3, 0.0))
+    assert [await caller("count", 2), await caller("count", 5, times=2)] == [2, 12]
+    pid, threads = await caller("place")
+    assert pid != os.getpid() and threads == "3"
+    await caller.close()
+    await caller.close()
+
+
+async def test_our_exceptions_arrive_as_themselves(session) -> None:
+    caller = start(Target, "trainer", RESOURCES)
+    with pytest.raises(CheckpointError) as caught:
+        await caller("fail_ours")
+    assert type(caught.value) is CheckpointError
+    assert str(caught.value) == "the adapter does not fit; start a new run"
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        await caller("fail_theirs")
+    assert await caller("count", 1) == 1, "the actor goes on"
+    await caller.close()
+
+
+async def test_so_do_those_of_a_constructor(session) -> None:
+    caller = start(Target, "trainer", RESOURCES, fail=True)
+    with pytest.raises(ConfigError) as caught:
+        await caller("count", 1)
+    assert type(caught.value) is ConfigError and str(caught.value) == "no such model: set model.name"
+    await caller.close()
+
+
+async def test_a_process_that_dies_is_an_error_that_names_the_remedy(session) -> None:
+    caller = start(Target, "trainer", RESOURCES)
+    await caller("count", 1)
+    for method in ("die", "count"):
+        with pytest.raises(EngineError, match=r"the trainer's process died .*posttrain train --resume RUN"):
+            await caller(method, *([1] if method == "count" else []))
+    await caller.close()
+
+
+async def test_a_ray_that_was_there_is_left_running(session) -> None:
+    with ray_session():
+        pass
+    assert ray.is_initialized()
+
+
+def train(folder, **changes) -> rl.RunResult:
+    changes = {"dataset": ROWS, "rewards": [spread], "output_dir": str(folder), **changes}
+    return rl.train(**settings(**changes))
+
+
+def test_a_trainer_killed_in_mid_run(session, tmp_path, monkeypatch) -> None:
+    """The reward of the third batch kills the trainer's process; the run, resumed, has the figures of a whole one."""
+    seen, callers = 0, {}
+
+    def recorded(kind, name, *arguments, **keywords):
+        callers[name] = start(kind, name, *arguments, **keywords)
+        return callers[name]
+
+    def deadly(completion: str) -> float:
+        nonlocal seen
+        seen += 1
+        if seen == 3 * 8:
+            os.kill(ray.get(callers["trainer"]._actor.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
+        return spread(completion)
+
+    monkeypatch.setattr(actors, "start", recorded)
+    changes = {"placement": "ray", "steps": 4, "checkpoint": {"every": 1}, "run_name": "run"}
+    with pytest.raises(EngineError, match=r"the trainer's process died .*resume the run from its last checkpoint"):
+        train(tmp_path, rewards=[deadly], **changes)
+    seen = -1000
+    resumed = rl.train(resume=tmp_path / "run", placement="embedded", dataset=ROWS, rewards=[deadly])
+    whole = train(tmp_path, steps=4)
+    for key in ("reward/mean", "loss/total", "optim/grad_norm", "policy/kl_sampler"):
+        assert [row[key] for row in resumed.metrics] == [row[key] for row in whole.metrics]
+    assert ray.is_initialized(), "it was there before"
+
+
+def test_a_run_in_actors_equals_the_embedded_one_and_stops_the_ray_it_started(tmp_path) -> None:
+    """Last: the Ray of this file's other tests is stopped first."""
+    ray.shutdown()
+    mode = {"max_staleness": 1, "eval_dataset": ROWS[:2], "evaluation": {"every": 2, "samples": 2}}
+    in_actors = train(tmp_path / "actors", placement="ray", **mode)
+    assert not ray.is_initialized()
+    embedded = train(tmp_path / "embedded", **mode)
+    assert reproducible(in_actors.metrics) == reproducible(embedded.metrics)
+    ours, theirs = (result.checkpoint / "adapter_model.safetensors" for result in (in_actors, embedded))
+    assert ours.read_bytes() == theirs.read_bytes()
