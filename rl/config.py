@@ -112,8 +112,9 @@ class Config(Section):
     """Folder of all runs; a relative one starts from the working directory."""
     run_name: str | None = None
     """Folder of the run under ``output_dir``; by default the date and time."""
-    placement: Literal["embedded", "ray"] = "embedded"
-    """embedded: sampler and trainer in this process; ray: two Ray actors (Ray is started and stopped as needed)."""
+    placement: Literal["auto", "embedded", "ray"] = "auto"
+    """embedded: sampler and trainer in this process; ray: two Ray actors (Ray is started and stopped as needed);
+    auto: Ray for vLLM, embedded for the transformers engine."""
 
     @model_validator(mode="after")
     def _combinations(self) -> Config:

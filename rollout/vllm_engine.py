@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -71,10 +72,13 @@ class VllmEngine:
         self._lora_id = 0
         self._policy_version = 0
         self._sleeping: set[str] = set()
+        # A forked engine hangs in its first parallel loop where this process has run one: OpenMP survives no fork.
+        os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
         try:
             self._llm: Any = vllm.LLM(**{**self._default_args(model, rollout), **(engine_args or {})})
         except (ValueError, RuntimeError) as error:
             raise EngineError(f"vLLM did not start on {self._source}: {error}") from error
+        self._rpc("posttrain_die_with_parent")
         self._rpc("posttrain_bound_vocabulary", vocabulary_size(self._tokenizer))
 
     def generate(self, prompts: Sequence[Prompt], n: int, params: SamplingParams) -> list[list[Completion]]:

@@ -4,15 +4,26 @@
 
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
+import signal
+import sys
 from typing import Any
 
 from posttrain.rl.fingerprint import fingerprint
+
+_PR_SET_PDEATHSIG = 1
 
 
 class WorkerExtension:
     """Methods added to every vLLM worker; ``self`` is the worker."""
 
     model_runner: Any
+
+    def posttrain_die_with_parent(self) -> None:
+        """Let the kernel end this process when the one that started it is gone, ``kill -9`` included (Linux only)."""
+        if sys.platform == "linux" and multiprocessing.parent_process() is not None:
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def posttrain_bound_vocabulary(self, vocab_size: int) -> None:
         """Make ids from ``vocab_size`` on impossible, and sample from float32 logits.

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 
 class ThreadCaller:
-    """Owns ``target`` (anything with ``close``) and calls it on one thread."""
+    """Owns an object (anything with ``close``) that was built, and is called, on one thread of its own."""
 
-    def __init__(self, target: Any, name: str, cpu_threads: int) -> None:
-        self._target = target
+    def __init__(self, name: str, cpu_threads: int) -> None:
+        self._target: Any = None
         self._executor = ThreadPoolExecutor(1, name, initializer=partial(_set_threads, cpu_threads))
         self._open = True
+
+    @classmethod
+    async def build(cls, name: str, cpu_threads: int, make: Callable[[], Any]) -> ThreadCaller:
+        """Call ``make`` on the new thread; loading a model takes long, and Ctrl-C must be heard meanwhile."""
+        caller = cls(name, cpu_threads)
+        try:
+            caller._target = await asyncio.get_running_loop().run_in_executor(caller._executor, make)
+        except BaseException:
+            caller._executor.shutdown(wait=False)
+            raise
+        return caller
 
     async def __call__(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """See ``Caller``."""

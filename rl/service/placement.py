@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,63 +55,61 @@ def cpu_threads(config: Config, source: str) -> int:
 @asynccontextmanager
 async def place(config: Config, source: str) -> AsyncIterator[tuple[SamplerHandle, LearnerHandle]]:
     """Start sampler and trainer as ``config.placement`` says; both are closed on leaving, whatever happened."""
+    name = engine_name(config)
     async with AsyncExitStack() as stack:
-        if config.placement == "ray":
-            from posttrain.rl.service.actors import ray_session
-
-            stack.enter_context(ray_session())
-            sampler, learner = await _actors(config, source)
+        if config.placement == "ray" or (config.placement == "auto" and name == "vllm"):
+            sampler, learner = await _actors(config, source, stack)
         else:
-            sampler, learner = _embedded(config, source)
-        stack.push_async_callback(learner.close)
-        stack.push_async_callback(sampler.close)
+            sampler, learner = await _embedded(config, source, stack)
         yield SamplerHandle(sampler), LearnerHandle(learner)
 
 
-def _embedded(config: Config, source: str) -> tuple[Caller, Caller]:
+async def _embedded(config: Config, source: str, stack: AsyncExitStack) -> tuple[Caller, Caller]:
     """Both in this process; a LoRA run on the transformers engine holds the base weights once."""
     from posttrain.rl.service.local import ThreadCaller
     from posttrain.trainer.trainer import Trainer
 
     threads = cpu_threads(config, source)
-    kind, arguments, options = _engine(config, source)
-    trained = (source, config.model, config.trainer)
+    make_engine = _engine(config, source)
+    make_trainer = partial(Trainer, source, config.model, config.trainer, seed=config.seed)
     if engine_name(config) == "vllm":  # first, alone: it measures the GPU's free memory
-        engine = kind(*arguments, **options)
-        trainer = Trainer(*trained, seed=config.seed)
-    else:
-        trainer = Trainer(*trained, seed=config.seed)
-        shared = trainer.base_weights() if config.trainer.method == "lora" else None
-        engine = kind(*arguments, **options, base_weights=shared)
-    return ThreadCaller(engine, "sampler", threads), ThreadCaller(trainer, "trainer", threads)
+        sampler = await _closing(stack, ThreadCaller.build("sampler", threads, make_engine))
+        return sampler, await _closing(stack, ThreadCaller.build("trainer", threads, make_trainer))
+    learner = await _closing(stack, ThreadCaller.build("trainer", threads, make_trainer))
+    shared = await learner("base_weights") if config.trainer.method == "lora" else None
+    make_engine = partial(make_engine, base_weights=shared)
+    return await _closing(stack, ThreadCaller.build("sampler", threads, make_engine)), learner
 
 
-async def _actors(config: Config, source: str) -> tuple[Caller, Caller]:
-    """Two Ray actors, half a GPU each where there is one; vLLM, which measures free memory, is up before the trainer."""
+async def _actors(config: Config, source: str, stack: AsyncExitStack) -> tuple[Caller, Caller]:
+    """Two Ray actors, half a GPU each where there is one; the engine is up before the trainer starts."""
     import torch
 
-    from posttrain.rl.service.actors import Resources, start
+    from posttrain.rl.service.actors import ActorCaller, Resources, ray_session
     from posttrain.trainer.trainer import Trainer
 
+    stack.enter_context(ray_session())
     gpu = 0.5 if torch.cuda.is_available() and config.trainer.device != "cpu" else 0.0
     resources = Resources(cpu_threads(config, source), gpu)
-    kind, arguments, options = _engine(config, source)
-    sampler = start(kind, "sampler", resources, *arguments, **options)
-    if engine_name(config) == "vllm":
-        await sampler("wake")
-    learner = start(Trainer, "trainer", resources, source, config.model, config.trainer, seed=config.seed)
-    await asyncio.gather(sampler("wake"), learner("memory"))  # builds both at once
-    return sampler, learner
+    sampler = await _closing(stack, ActorCaller.build("sampler", resources, _engine(config, source)))
+    make_trainer = partial(Trainer, source, config.model, config.trainer, seed=config.seed)
+    return sampler, await _closing(stack, ActorCaller.build("trainer", resources, make_trainer))
 
 
-def _engine(config: Config, source: str) -> tuple[type[Any], tuple[Any, ...], dict[str, Any]]:
-    """Class, arguments and options of the rollout engine."""
+async def _closing(stack: AsyncExitStack, building: Awaitable[Caller]) -> Caller:
+    """Wait for a caller, and close it when the stack unwinds."""
+    caller = await building
+    stack.push_async_callback(caller.close)
+    return caller
+
+
+def _engine(config: Config, source: str) -> partial[Any]:
+    """What makes the rollout engine."""
     rollout = config.rollout.model_copy(update={"max_model_len": config.max_model_len})
-    arguments = (source, config.model, rollout)
     if engine_name(config) == "vllm":
         from posttrain.rollout.vllm_engine import VllmEngine
 
-        return VllmEngine, arguments, {"lora_rank": config.trainer.lora.rank}
+        return partial(VllmEngine, source, config.model, rollout, lora_rank=config.trainer.lora.rank)
     from posttrain.rollout.transformers_engine import TransformersEngine
 
-    return TransformersEngine, arguments, {"device": config.trainer.device}
+    return partial(TransformersEngine, source, config.model, rollout, device=config.trainer.device)
