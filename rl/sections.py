@@ -151,7 +151,7 @@ class RolloutConfig(Section):
     max_sequences: PositiveInt = 64
     """Sequences decoded at once by the transformers engine."""
     gpu_memory_utilization: float = Field(default=0.5, gt=0, lt=1)
-    """Share of the GPU's memory that vLLM may take."""
+    """Share of the GPU's memory (of main memory, with a CPU build) that vLLM may take."""
     max_model_len: PositiveInt | None = None
     """Longest prompt and completion together; by default ``data.max_prompt_tokens + rollout.max_tokens``."""
     enforce_eager: bool = False

@@ -157,6 +157,8 @@ class VllmEngine:
 
     def _default_args(self, model: ModelConfig, rollout: RolloutConfig) -> dict[str, Any]:
         """Arguments of ``vllm.LLM``."""
+        from transformers import AutoConfig
+
         args: dict[str, Any] = {
             "model": self._source,
             "revision": model.revision,
@@ -165,31 +167,23 @@ class VllmEngine:
             "skip_tokenizer_init": True,
             "logprobs_mode": "processed_logprobs",
             "enforce_eager": rollout.enforce_eager,
+            "gpu_memory_utilization": rollout.gpu_memory_utilization,  # of main memory, in a CPU build
             "worker_extension_cls": _WORKER_EXTENSION,
         }
+        options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+        architecture = AutoConfig.from_pretrained(self._source, **options)
         if rollout.max_model_len is not None:
-            args["max_model_len"] = rollout.max_model_len
+            longest = getattr(architecture.get_text_config(), "max_position_embeddings", None)
+            args["max_model_len"] = min(rollout.max_model_len, longest or rollout.max_model_len)
         if self._on_gpu:
-            args |= {"gpu_memory_utilization": rollout.gpu_memory_utilization, "enable_sleep_mode": True}
+            args["enable_sleep_mode"] = True
         if self._lora_rank is not None:
             # Two in host memory, one in use: the version in use survives until the next one has been checked.
             args |= {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 2, "max_lora_rank": self._allowed_rank()}
             # Left to itself vLLM gives the head a slot too: vocabulary times rank for nothing, and 0.26 cannot start
             # with it where the vocabulary is no multiple of 64.
-            args["lora_target_modules"] = self._linear_layers(model)
+            args["lora_target_modules"] = _linear_layers(architecture, model.trust_remote_code)
         return args
-
-    def _linear_layers(self, model: ModelConfig) -> list[str]:
-        """Names (last part) of every linear layer but the head, from a model without storage."""
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        options = {"trust_remote_code": model.trust_remote_code}
-        config = AutoConfig.from_pretrained(self._source, revision=model.revision, **options)
-        with torch.device("meta"):
-            network = AutoModelForCausalLM.from_config(config, **options)
-        head = network.get_output_embeddings()
-        layers = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, torch.nn.Linear)]
-        return sorted({name.rpartition(".")[2] for name, layer in layers if layer is not head})
 
     def _allowed_rank(self) -> int:
         """Smallest rank on vLLM's list that holds the adapter's."""
@@ -272,6 +266,17 @@ class VllmEngine:
 
     def _rpc(self, method: str, *args: Any) -> Any:
         return self._llm.collective_rpc(method, args=args)[0]
+
+
+def _linear_layers(architecture: Any, trust_remote_code: bool) -> list[str]:
+    """Names (last part) of every linear layer but the head, from a model without storage."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(architecture, trust_remote_code=trust_remote_code)
+    head = network.get_output_embeddings()
+    layers = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, torch.nn.Linear)]
+    return sorted({name.rpartition(".")[2] for name, layer in layers if layer is not head})
 
 
 def _write_peft(folder: Path, adapter: Adapter, rank: int, tensors: Mapping[str, Tensor]) -> None:
