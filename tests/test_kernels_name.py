@@ -1,4 +1,4 @@
-"""Hugging Face's ``kernels`` and our folder of that name do not disturb each other, installed or not, here or in Ray."""
+"""Hugging Face's ``kernels`` and our folder of that name do not disturb each other, here or in Ray."""
 
 from __future__ import annotations
 

@@ -46,3 +46,4 @@ def _set_threads(count: int) -> None:
     import torch
 
     torch.set_num_threads(count)
+    torch.get_num_threads()  # a thread's first look adopts the newest count set on any thread; this was it

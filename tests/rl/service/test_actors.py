@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+from functools import partial
+from pathlib import Path
 
 import pytest
 import ray
 
 from posttrain import rl
 from posttrain.rl.errors import CheckpointError, ConfigError, EngineError
-from posttrain.rl.service import actors
-from posttrain.rl.service.actors import Resources, ray_session, start
+from posttrain.rl.service.actors import ActorCaller, Resources, ray_session
+from tests.e2e.forks import wait_until
 
 from .tiny_runs import ROWS, reproducible, settings, spread
 
@@ -21,10 +23,16 @@ RESOURCES = Resources(cpu_threads=1, gpu_share=0.0)
 class Target:
     """What an actor is asked to hold."""
 
-    def __init__(self, fail: bool = False) -> None:
+    def __init__(self, fail: bool = False, closing: Path | None = None) -> None:
         if fail:
             raise ConfigError("no such model: set model.name")
         self.calls = 0
+        self.closing = closing
+
+    def close(self) -> None:
+        if self.closing is not None:
+            with self.closing.open("a") as file:
+                file.write("1")
 
     def count(self, step: int, *, times: int = 1) -> int:
         self.calls += step * times
@@ -53,7 +61,7 @@ def session():
 
 
 async def test_calls_reach_one_object_in_another_process(session) -> None:
-    caller = start(Target, "sampler", Resources(3, 0.0))
+    caller = await ActorCaller.build("sampler", Resources(3, 0.0), Target)
     assert [await caller("count", 2), await caller("count", 5, times=2)] == [2, 12]
     pid, threads = await caller("place")
     assert pid != os.getpid() and threads == "3"
@@ -62,7 +70,7 @@ async def test_calls_reach_one_object_in_another_process(session) -> None:
 
 
 async def test_our_exceptions_arrive_as_themselves(session) -> None:
-    caller = start(Target, "trainer", RESOURCES)
+    caller = await ActorCaller.build("trainer", RESOURCES, Target)
     with pytest.raises(CheckpointError) as caught:
         await caller("fail_ours")
     assert type(caught.value) is CheckpointError
@@ -74,15 +82,26 @@ async def test_our_exceptions_arrive_as_themselves(session) -> None:
 
 
 async def test_so_do_those_of_a_constructor(session) -> None:
-    caller = start(Target, "trainer", RESOURCES, fail=True)
     with pytest.raises(ConfigError) as caught:
-        await caller("count", 1)
+        await ActorCaller.build("trainer", RESOURCES, partial(Target, fail=True))
     assert type(caught.value) is ConfigError and str(caught.value) == "no such model: set model.name"
+
+
+async def test_closing_closes_the_object_then_ends_the_process(session, tmp_path) -> None:
+    caller = await ActorCaller.build("trainer", RESOURCES, partial(Target, closing=tmp_path / "closed"))
+    pid, _ = await caller("place")
+    await caller.close()
+    assert (tmp_path / "closed").read_text() == "1"
+    wait_until(lambda: not Path(f"/proc/{pid}").exists() or _is_zombie(pid), "the end of the actor's process")
     await caller.close()
 
 
+def _is_zombie(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
 async def test_a_process_that_dies_is_an_error_that_names_the_remedy(session) -> None:
-    caller = start(Target, "trainer", RESOURCES)
+    caller = await ActorCaller.build("trainer", RESOURCES, Target)
     await caller("count", 1)
     for method in ("die", "count"):
         with pytest.raises(EngineError, match=r"the trainer's process died .*posttrain train --resume RUN"):
@@ -103,10 +122,10 @@ def train(folder, **changes) -> rl.RunResult:
 
 def test_a_trainer_killed_in_mid_run(session, tmp_path, monkeypatch) -> None:
     """The reward of the third batch kills the trainer's process; the run, resumed, has the figures of a whole one."""
-    seen, callers = 0, {}
+    seen, callers, build = 0, {}, ActorCaller.build
 
-    def recorded(kind, name, *arguments, **keywords):
-        callers[name] = start(kind, name, *arguments, **keywords)
+    async def recorded(name, resources, make):
+        callers[name] = await build(name, resources, make)
         return callers[name]
 
     def deadly(completion: str) -> float:
@@ -116,7 +135,7 @@ def test_a_trainer_killed_in_mid_run(session, tmp_path, monkeypatch) -> None:
             os.kill(ray.get(callers["trainer"]._actor.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
         return spread(completion)
 
-    monkeypatch.setattr(actors, "start", recorded)
+    monkeypatch.setattr(ActorCaller, "build", recorded)
     changes = {"placement": "ray", "steps": 4, "checkpoint": {"every": 1}, "run_name": "run"}
     with pytest.raises(EngineError, match=r"the trainer's process died .*resume the run from its last checkpoint"):
         train(tmp_path, rewards=[deadly], **changes)

@@ -129,7 +129,7 @@ async def test_each_thread_computes_with_its_own_count() -> None:
         def close(self) -> None:
             pass
 
-    one, three = ThreadCaller(Counts(), "one", 1), ThreadCaller(Counts(), "three", 3)
+    one, three = [await ThreadCaller.build(name, count, Counts) for name, count in (("one", 1), ("three", 3))]
     assert [await one("threads"), await three("threads"), await one("threads")] == [1, 3, 1]
     await one.close()
     await three.close()
@@ -144,10 +144,35 @@ async def test_a_thread_raises_here_what_was_raised_there() -> None:
         def close(self) -> None:
             pass
 
-    caller = ThreadCaller(Fails(), "fails", 1)
+    caller = await ThreadCaller.build("fails", 1, Fails)
     with pytest.raises(EngineError, match="out of memory"):
         await caller("go")
     await caller.close()
+
+
+async def test_building_fails_here_as_it_failed_there() -> None:
+    def fails() -> None:
+        raise EngineError("no memory for the weights")
+
+    with pytest.raises(EngineError, match="no memory for the weights"):
+        await ThreadCaller.build("fails", 1, fails)
+
+
+async def test_where_the_second_cannot_be_built_the_first_is_closed(source, monkeypatch) -> None:
+    from posttrain.rollout.transformers_engine import TransformersEngine
+    from posttrain.trainer.trainer import Trainer
+
+    closed = []
+
+    def fails(self, *arguments, **keywords) -> None:
+        raise EngineError("the engine does not start")
+
+    monkeypatch.setattr(TransformersEngine, "__init__", fails)
+    monkeypatch.setattr(Trainer, "close", lambda self: closed.append(True))
+    with pytest.raises(EngineError, match="the engine does not start"):
+        async with place(from_settings(**settings()), source):
+            pass
+    assert closed == [True]
 
 
 # -- engines -----------------------------------------------------------------------------------------------------------
