@@ -143,6 +143,14 @@ async def test_staleness_stays_within_its_limit_whatever_the_timing(tmp_path, li
     assert limit in reached
 
 
+async def test_staleness_is_counted_in_steps_not_in_updates(tmp_path) -> None:
+    loop = Loop(tmp_path, config(steps=5, max_staleness=1, updates_per_batch=2, epochs_per_batch=3))
+    await loop.run()
+    assert sampled_versions(loop) == [0, 0, 6, 12, 18]
+    assert [row["staleness/max"] for row in loop.rows()] == [0, 1, 1, 1, 1]
+    assert [row["staleness/mean"] for row in loop.rows()] == [0, 1, 1, 1, 1]
+
+
 @pytest.mark.parametrize("ahead", [1, 2])
 async def test_generation_really_runs_while_the_trainer_works(tmp_path, ahead) -> None:
     """Training of step 1 waits until the batch of step 1 + ahead is being sampled: without overlap it would hang."""

@@ -104,6 +104,12 @@ def test_held_out_rows_are_evaluated(tmp_path) -> None:
     assert result.metrics[0]["eval/prompts"] == 2
 
 
+def test_the_schedule_starts_at_its_first_step_and_wastes_none(tmp_path) -> None:
+    result = train(tmp_path, steps=5, learning_rate=0.03, warmup_steps=2, schedule="linear")
+    rates = [row["optim/learning_rate"] for row in result.metrics]
+    assert rates == pytest.approx([0.015, 0.03, 0.03, 0.02, 0.01])
+
+
 def test_full_fine_tuning(tmp_path) -> None:
     result = train(tmp_path, method="full", learning_rate=1e-3)
     assert (result.checkpoint / "model.safetensors").exists()
