@@ -98,3 +98,15 @@ def memory() -> tuple[int, int] | None:
 
 def _first_line(path: Path) -> str:
     return path.read_text().partition("\n")[0].strip() if path.exists() else ""
+
+
+def dtype_name(configured: str, capability: tuple[int, int] | None) -> str:
+    """``model.dtype`` on a device of that compute capability (``None``: a CPU).
+
+    auto: bfloat16 from Ampere on, float16 on older GPUs, float32 on a CPU.
+    """
+    if configured != "auto":
+        return configured
+    if capability is None:
+        return "float32"
+    return "bfloat16" if capability >= (8, 0) else "float16"

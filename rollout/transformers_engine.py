@@ -11,6 +11,7 @@ import torch
 
 from posttrain.rl.errors import EngineError
 from posttrain.rl.fingerprint import fingerprint
+from posttrain.rl.machine import dtype_name
 from posttrain.rl.types import Adapter, Completion, Prompt, SamplingParams
 from posttrain.rollout.decoding import Request, Sample, decode
 from posttrain.rollout.engine import request_seed
@@ -111,9 +112,17 @@ class TransformersEngine:
 
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        capability = torch.cuda.get_device_capability(device)[0] if device.startswith("cuda") else None
-        dtype = resolve_dtype(self._config.dtype, capability)
-        return AutoModelForCausalLM.from_pretrained(self._source, dtype=dtype, **self._hub(self._source)).to(device)
+        capability = torch.cuda.get_device_capability(device) if device.startswith("cuda") else None
+        dtype = getattr(torch, dtype_name(self._config.dtype, capability))
+        options = {**self._hub(self._source), **self._attention()}
+        return AutoModelForCausalLM.from_pretrained(self._source, dtype=dtype, **options).to(device)
+
+    def _attention(self) -> dict[str, str]:
+        """Eager where scores are capped: transformers' fused attention leaves the cap out in some releases."""
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(self._source, **self._hub(self._source)).get_text_config()
+        return {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
 
     def _wrap(self, base_weights: Mapping[str, Tensor]) -> Any:
         """A model whose parameters are ``base_weights`` themselves; only its buffers are built anew."""
@@ -124,7 +133,7 @@ class TransformersEngine:
         config = AutoConfig.from_pretrained(self._source, **self._hub(self._source))
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
-                config, dtype=first.dtype, trust_remote_code=self._config.trust_remote_code
+                config, dtype=first.dtype, trust_remote_code=self._config.trust_remote_code, **self._attention()
             )
         # detach: load_state_dict would otherwise put the trainer's own Parameter objects into this model.
         weights = {name: tensor.detach() for name, tensor in base_weights.items()}
@@ -249,18 +258,6 @@ def _some(names: Sequence[str]) -> str:
 def vocabulary_size(tokenizer: Any) -> int:
     """One past the largest token id the tokenizer knows."""
     return max(tokenizer.get_vocab().values()) + 1
-
-
-def resolve_dtype(name: str, capability: int | None) -> torch.dtype:
-    """``model.dtype`` for a device, given the GPU's major compute capability (``None``: a CPU).
-
-    auto: bfloat16 from Ampere (8) on, float16 on older GPUs, float32 on a CPU.
-    """
-    if name != "auto":
-        return cast(torch.dtype, getattr(torch, name))
-    if capability is None:
-        return torch.float32
-    return torch.bfloat16 if capability >= 8 else torch.float16
 
 
 def _release() -> None:

@@ -14,9 +14,10 @@ import torch
 
 from posttrain.rl.errors import EngineError
 from posttrain.rl.fingerprint import fingerprint
+from posttrain.rl.machine import dtype_name
 from posttrain.rl.types import Adapter, Completion, Prompt, SamplingParams
 from posttrain.rollout.engine import request_seed
-from posttrain.rollout.transformers_engine import resolve_dtype, vocabulary_size
+from posttrain.rollout.transformers_engine import vocabulary_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +66,7 @@ class VllmEngine:
         )
         # vLLM's own question to the driver: torch would open a CUDA context in this process.
         capability = current_platform.get_device_capability() if self._on_gpu else None
-        self._dtype = resolve_dtype(model.dtype, capability.major if capability else None)
+        self._dtype = getattr(torch, dtype_name(model.dtype, tuple(capability) if capability else None))
         if self._dtype == torch.float64:
             raise EngineError('vLLM has no float64: use model.dtype = "float32" or rollout.engine = "transformers"')
         self._request: Any = None

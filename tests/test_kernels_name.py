@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers.utils import import_utils
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -18,7 +19,6 @@ absent = pytest.mark.skipif(
 )
 
 THEIRS = '''"""Stands in for Hugging Face's package: every name transformers may ask for is there."""
-__version__ = "0.17.1"
 
 
 class _Anything:
@@ -79,10 +79,10 @@ def theirs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     (folder / "kernels").mkdir()
     (folder / "kernels" / "__init__.py").write_text(THEIRS)
-    (folder / "kernels-0.17.1.dist-info").mkdir()
-    (folder / "kernels-0.17.1.dist-info" / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: kernels\nVersion: 0.17.1\n"
-    )
+    wanted = import_utils.KERNELS_MIN_VERSION  # each transformers takes a narrow range only
+    information = folder / f"kernels-{wanted}.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {wanted}\n")
     return folder
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from posttrain.kernels.reference import token_logprobs
 from posttrain.rl.errors import EngineError
+from posttrain.rl.machine import dtype_name
 from posttrain.trainer.attention import NAME as PACKED_ATTENTION
 from posttrain.trainer.attention import Packing
 
@@ -47,12 +48,9 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto``: bfloat16 on a GPU that computes in it, float16 on an older one, float32 on a CPU."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    """torch's type for ``model.dtype`` on a device."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return getattr(torch, dtype_name(name, capability))
 
 
 @dataclass(frozen=True)

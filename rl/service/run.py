@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from posttrain.rl.config import Config
 from posttrain.rl.data import PromptSource, make_prompts
@@ -22,6 +17,7 @@ from posttrain.rl.service import inputs, state
 from posttrain.rl.service.controller import Controller, Parts
 from posttrain.rl.service.evaluation import Evaluator
 from posttrain.rl.service.inputs import Given, Inputs
+from posttrain.rl.service.interrupts import Stops, run_to_end
 from posttrain.rl.service.learning import LearningStep
 from posttrain.rl.service.placement import engine_name, place
 from posttrain.rl.service.production import Producer
@@ -33,8 +29,6 @@ from posttrain.rl.sinks import Sinks, open_sinks
 if TYPE_CHECKING:
     from posttrain.rl.service.protocols import Learner, Sampler
     from posttrain.rollout.chat import ChatEncoder
-
-R = TypeVar("R")
 
 
 @dataclass(slots=True, frozen=True)
@@ -70,7 +64,7 @@ def train(
         run = RunDir.create(config.output_dir, config.run_name, config.tree(), base=base)
     with run.lock():
         source = source or _random_model(config, run, new=not resume)
-        interrupted = _run_to_end(partial(_train, config, run, gathered, source, bool(resume)))
+        interrupted = run_to_end(partial(_train, config, run, gathered, source, bool(resume)))
     if interrupted:
         raise KeyboardInterrupt
     newest = run.latest_checkpoint()
@@ -88,7 +82,7 @@ def evaluate(config: Config, *, checkpoint: Path | None = None, base: Path | Non
         if checkpoint is None:
             raise ConfigError("a random model exists only inside its run: give the run to evaluate")
         source = str(RunDir.find(checkpoint)[0].model_dir)
-    return _run_to_end(partial(_evaluate, config, gathered, source, checkpoint))
+    return run_to_end(partial(_evaluate, config, gathered, source, checkpoint))
 
 
 def _quiet_libraries(config: Config) -> None:
@@ -136,7 +130,7 @@ def _encoder(config: Config, source: str) -> ChatEncoder:
     return load_encoder(source, config.model, config.data, config.rollout)
 
 
-async def _train(config: Config, run: RunDir, gathered: Inputs, source: str, resume: bool, stops: _Stops) -> bool:
+async def _train(config: Config, run: RunDir, gathered: Inputs, source: str, resume: bool, stops: Stops) -> bool:
     """Build every part and run the loop; returns whether it was stopped."""
     from posttrain.trainer.optim import learning_rate_at
 
@@ -219,7 +213,7 @@ def _warm_start(
 
 
 async def _evaluate(
-    config: Config, gathered: Inputs, source: str, checkpoint: Path | None, stops: _Stops
+    config: Config, gathered: Inputs, source: str, checkpoint: Path | None, stops: Stops
 ) -> dict[str, float]:
     encoder = _encoder(config, source)
     async with place(config, source) as (sampler, learner):
@@ -228,75 +222,3 @@ async def _evaluate(
         await publish(learner, sampler)
         figures, _ = await _make_evaluator(config, gathered, encoder, sampler).evaluate()
     return figures
-
-
-class _Stops:
-    """Ctrl-C and SIGTERM: the first asks the loop to save and stop, the second ends the process."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._loop = asyncio.get_running_loop()
-        self._ask: Callable[[], None] | None = None
-        self._say: Callable[[str], None] | None = None
-
-    def connect(self, ask: Callable[[], None], say: Callable[[str], None]) -> None:
-        """From now on there is something to save."""
-        self._ask, self._say = ask, say
-
-    def request(self) -> None:
-        """One signal."""
-        if self.requested or self._ask is None or self._say is None:
-            os._exit(130)  # a thread in the middle of sampling cannot be interrupted; checkpoints are atomic
-        self.requested = True
-        self._say("stopping: what is in flight is finished and saved; once more to stop at once")
-        self._ask()
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Handle signals for the while; only the main thread can."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._loop.add_signal_handler(number, self.request)
-        try:
-            yield
-        finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._loop.remove_signal_handler(number)
-
-
-def _run_to_end(job: Callable[[_Stops], Coroutine[Any, Any, R]]) -> R:
-    """Run a coroutine from plain code, or from a notebook, whose own event loop is busy with the cell."""
-    started: list[_Stops] = []
-
-    async def listening() -> R:
-        stops = _Stops()
-        started.append(stops)
-        with stops.listening():
-            return await job(stops)
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(listening())
-    outcome: list[R] = []
-    failure: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            outcome.append(asyncio.run(listening()))
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=work, name="posttrain")
-    thread.start()
-    while thread.is_alive():
-        try:
-            thread.join(0.2)
-        except KeyboardInterrupt:
-            for stops in started:
-                stops._loop.call_soon_threadsafe(stops.request)
-    if failure:
-        raise failure[0]
-    return outcome[0]
