@@ -1,3 +1,10 @@
+"""What follows from the machine alone; the rest of ``rl.machine`` is tested through the doctor."""
+
+from __future__ import annotations
+
+import pytest
+
+from posttrain.rl import machine
 
 
 @pytest.mark.parametrize(
