@@ -196,7 +196,7 @@ def load_encoder(
         tokenizer = AutoTokenizer.from_pretrained(name, **keywords)
     except Exception as error:  # network, missing files, a missing backend: transformers raises all kinds
         raise ConfigError(
-            f"no tokenizer could be loaded from {name}: {_first_line(error)}; set model.tokenizer"
+            f"no tokenizer could be loaded from {name}: {_first_line(error)}; check model.name, or set model.tokenizer"
         ) from error
     return ChatEncoder(
         tokenizer,

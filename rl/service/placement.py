@@ -41,6 +41,15 @@ def engine_name(config: Config) -> str:
     return wanted
 
 
+def check_installed(config: Config) -> None:
+    """Before anything loads: raise ``EngineError`` where the engine or the optimizer cannot run on this machine."""
+    engine_name(config)
+    if config.trainer.optimizer == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise EngineError(
+            'trainer.optimizer = "adamw_8bit" needs bitsandbytes: pip install "posttrain[bnb]", or use "adamw"'
+        )
+
+
 def cpu_threads(config: Config, source: str) -> int:
     """Threads for each of sampler and trainer on a CPU."""
     if config.trainer.cpu_threads:

@@ -19,7 +19,7 @@ from posttrain.rl.service.evaluation import Evaluator
 from posttrain.rl.service.inputs import Given, Inputs
 from posttrain.rl.service.interrupts import Stops, run_to_end
 from posttrain.rl.service.learning import LearningStep
-from posttrain.rl.service.placement import engine_name, place
+from posttrain.rl.service.placement import check_installed, place
 from posttrain.rl.service.production import Producer
 from posttrain.rl.service.random_model import materialize
 from posttrain.rl.service.warm_start import warm_start
@@ -57,7 +57,7 @@ def train(
     gathered = inputs.gather(config, given, base)
     run = RunDir.open(resume) if resume else None
     source = _source(config, base)
-    engine_name(config)  # raises where it cannot run
+    check_installed(config)
     if source is not None:
         _preflight(config, source)
     if run is None:

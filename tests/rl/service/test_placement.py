@@ -227,3 +227,13 @@ async def test_weights_that_differ_in_one_bit_are_noticed(source, monkeypatch) -
         monkeypatch.setattr(target(sampler), "load_adapter", flips_a_bit)
         with pytest.raises(EngineError, match="the sampler holds other weights than the trainer published"):
             await publish(learner, sampler)
+
+
+def test_an_optimizer_that_is_not_installed_is_refused_before_anything_loads(monkeypatch):
+    found = placement.importlib.util.find_spec
+    monkeypatch.setattr(
+        placement.importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name)
+    )
+    placement.check_installed(from_settings(**settings(optimizer="adamw")))
+    with pytest.raises(EngineError, match=r"adamw_8bit.*posttrain\[bnb\]"):
+        placement.check_installed(from_settings(**settings(optimizer="adamw_8bit")))
