@@ -23,7 +23,7 @@ def materialize(model: ModelConfig, folder: Path) -> str:
     if model.random is None:
         assert model.name is not None
         return model.name
-    if not folder.exists():
+    if not (folder / "config.json").exists():
         partial = folder.with_name(f"{PARTIAL}{folder.name}")
         shutil.rmtree(partial, ignore_errors=True)
         _write(model.random, model.tokenizer, partial)
