@@ -18,6 +18,8 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     Field,
+    NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     SerializeAsAny,
     ValidationError,
@@ -112,6 +114,12 @@ class Config(Section):
     """Folder of all runs; a relative one starts from the working directory."""
     run_name: str | None = None
     """Folder of the run under ``output_dir``; by default the date and time."""
+    gpus: PositiveInt = 1
+    """GPUs, each with a sampler and a trainer of its own; gradients are summed over them. More than one needs Ray."""
+    gpu_memory_gib: PositiveFloat | None = None
+    """Memory of each GPU that the run may take, sampler and trainer together; by default 95 % of what is free."""
+    max_restarts: NonNegativeInt = 3
+    """How often a dead sampler or trainer is brought back, from the last checkpoint, without a step trained between."""
     placement: Literal["auto", "embedded", "ray"] = "auto"
     """embedded: sampler and trainer in this process; ray: two Ray actors (Ray is started and stopped as needed);
     auto: Ray for vLLM, embedded for the transformers engine."""
@@ -130,6 +138,12 @@ class Config(Section):
                 "algorithm.kl_coef needs the base model as reference, which full fine-tuning overwrites: "
                 'use trainer.method = "lora" or kl_coef = 0'
             )
+        if trainer.method == "full" and self.model.quantization != "none":
+            raise ValueError(
+                f'model.quantization = "{self.model.quantization}" keeps the base frozen: use trainer.method = "lora"'
+            )
+        if self.gpus > 1 and self.placement == "embedded":
+            raise ValueError(f'gpus = {self.gpus} needs a process for each: use placement = "ray" or leave it out')
         if self.warm_start and algorithm.needs_reference:
             raise ValueError(
                 "algorithm.kl_coef would pull the warm-started adapter back to the untrained base: "

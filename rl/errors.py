@@ -23,3 +23,15 @@ class CheckpointError(PosttrainError):
 
 class EngineError(PosttrainError):
     """A rollout engine or trainer that cannot do what the configuration asks on this machine."""
+
+
+class OutOfMemory(EngineError):
+    """The GPU's memory ran out; a smaller piece of the same work may fit."""
+
+
+class ActorDied(EngineError):
+    """The process of a sampler or trainer is gone; ``actor`` says which."""
+
+    def __init__(self, message: str, actor: str) -> None:
+        super().__init__(message)
+        self.actor = actor

@@ -56,6 +56,9 @@ class ModelConfig(Section):
     """Run model code from the hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     """Type of weights and activations; auto: bfloat16 (float16 before Ampere) on a GPU, float32 on a CPU."""
+    quantization: Literal["none", "nf4", "fp8"] = "none"
+    """Hold the frozen linear layers in 4 bits (bitsandbytes' NF4, 2305.14314) or 8 (float8_e4m3fn, a scale a layer).
+    The adapter trains in float32 either way. LoRA only."""
     chat_template: str | None = None
     """A Jinja chat template, or the path of one, in place of the tokenizer's."""
 
@@ -150,8 +153,11 @@ class RolloutConfig(Section):
     """With dynamic sampling: how often the missing prompts are drawn anew before the step goes on with fewer."""
     max_sequences: PositiveInt = 64
     """Sequences decoded at once by the transformers engine."""
-    gpu_memory_utilization: float = Field(default=0.5, gt=0, lt=1)
-    """Share of the GPU's memory (of main memory, with a CPU build) that vLLM may take."""
+    kv_cache_gib: PositiveFloat | None = None
+    """Memory of vLLM's KV cache; by default worked out from ``gpu_memory_gib`` and what the run needs."""
+    lora_backend: Literal["auto", "dense", "slots"] = "auto"
+    """How vLLM applies the adapter: ``dense``, two matrix products beside each layer, any rank, one adapter;
+    ``slots``, vLLM's own multi-adapter kernels. auto: dense, the faster one (README, Measured)."""
     max_model_len: PositiveInt | None = None
     """Longest prompt and completion together; by default ``data.max_prompt_tokens + rollout.max_tokens``."""
     enforce_eager: bool = False
@@ -189,6 +195,9 @@ class TrainerConfig(Section):
     """Passes over each batch (GRPO's μ)."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    copy_repacked_weights: bool = False
+    """Where vLLM stores a base weight in a form that only it can read, load a private copy of that weight; by default
+    such a model is refused."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one."""
     cpu_threads: PositiveInt | None = None

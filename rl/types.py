@@ -93,6 +93,59 @@ class Adapter:
 
 
 @dataclass(slots=True, frozen=True)
+class SharedTensor:
+    """A tensor on its way to another process of the same GPU, not copied; made and opened by ``rl.sharing``."""
+
+    handle: Any
+    """What rebuilds it: CUDA IPC arguments, or the tensor itself where it lies in main memory."""
+
+
+@dataclass(slots=True, frozen=True)
+class SharedWeight:
+    """One frozen weight of the engine, under the name its transformers counterpart has."""
+
+    scheme: Literal["dense", "nf4", "fp8"]
+    tensors: Mapping[str, SharedTensor]
+    """``dense``: ``weight``, in the transformers parameter's shape. ``nf4`` (bitsandbytes): ``weight`` uint8
+    [bytes, 1], ``absmax`` float32 [blocks], ``code`` float32 [16]. ``fp8``: ``weight`` float8_e4m3fn [out, in], any
+    strides, and ``scale`` float32, one number, [out, 1], or [⌈out/128⌉, ⌈in/128⌉]; the weight is their product."""
+    shape: tuple[int, ...]
+    """Of the transformers parameter."""
+    checksums: Mapping[str, str]
+    """``rl.fingerprint.checksum`` of each tensor, taken by the engine."""
+    origin: str
+    """The engine's own name, with the rows where it is a slice: for messages."""
+    repacked: str | None = None
+    """Why nobody else can use the engine's copy; ``tensors`` is empty then."""
+    block_size: int | None = None
+    """Weights under one absmax (nf4)."""
+
+
+SharedWeights = Mapping[str, SharedWeight]
+"""By transformers parameter name. A tied head is left out."""
+
+
+@dataclass(slots=True, frozen=True)
+class SharedAdapter:
+    """An adapter published through GPU memory."""
+
+    policy_version: int
+    config: Mapping[str, Any]
+    """The content of ``adapter_config.json``."""
+    buffer: SharedTensor
+    """Every tensor end to end, in the engine's type, alpha/rank folded into B. Its owner overwrites it at the next
+    publication, never while the engine reads."""
+    layout: tuple[tuple[str, int, tuple[int, ...]], ...]
+    """PEFT's name, offset into the buffer and shape of each tensor."""
+    fingerprint: str
+    """``rl.fingerprint.checksum`` of the buffer."""
+
+
+Publication = Adapter | SharedAdapter
+"""What a learner hands to a sampler: through host memory, or through the GPU they share."""
+
+
+@dataclass(slots=True, frozen=True)
 class TrainBatch:
     """One packed micro-batch. Position ``t`` of every ``[T]`` tensor speaks of token ``t`` itself:
     ``logprobs[t] = log p(input_ids[t] | the tokens of its sequence before t)``. A sequence's first token has none.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from posttrain.rl.types import Adapter, Completion, Prompt, SamplingParams
+from posttrain.rl.types import Completion, Prompt, Publication, SamplingParams
 
 
 class Engine(Protocol):
@@ -20,7 +20,13 @@ class Engine(Protocol):
         """
         ...
 
-    def load_adapter(self, adapter: Adapter) -> str:
+    def stream(
+        self, prompts: Sequence[Prompt], n: int, params: SamplingParams
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """The same completions as ``generate``, each prompt's as soon as all of them are there: index, completions."""
+        ...
+
+    def load_adapter(self, adapter: Publication) -> str:
         """Sample from ``adapter`` from now on; returns the fingerprint of the tensors now in the engine."""
         ...
 

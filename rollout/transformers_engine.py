@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from posttrain.rl.errors import EngineError
 from posttrain.rl.fingerprint import fingerprint
 from posttrain.rl.machine import dtype_name
-from posttrain.rl.types import Adapter, Completion, Prompt, SamplingParams
+from posttrain.rl.types import Adapter, Completion, Prompt, Publication, SamplingParams, SharedAdapter
 from posttrain.rollout.decoding import Request, Sample, decode
 from posttrain.rollout.engine import request_seed
 
@@ -60,22 +60,33 @@ class TransformersEngine:
         return self._model
 
     def generate(self, prompts: Sequence[Prompt], n: int, params: SamplingParams) -> list[list[Completion]]:
-        """See ``Engine.generate``. Rows are decoded ``rollout.max_sequences`` at a time, longest prompts first."""
+        """See ``Engine.generate``."""
+        drawn = dict(self.stream(prompts, n, params))
+        return [drawn[index] for index in range(len(prompts))]
+
+    def stream(
+        self, prompts: Sequence[Prompt], n: int, params: SamplingParams
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """See ``Engine.stream``. Rows are decoded ``rollout.max_sequences`` at a time, longest prompts first."""
         if self._asleep:
             raise EngineError("the engine is asleep: call wake() before generate()")
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].prompt_ids))
         rows = [(prompt, sample) for prompt in order for sample in range(n)]
-        result: list[list[Completion | None]] = [[None] * n for _ in prompts]
-        with torch.inference_mode():
-            for start in range(0, len(rows), self._rollout.max_sequences):
-                chunk = rows[start : start + self._rollout.max_sequences]
-                requests = [self._request(prompts[prompt], sample, params) for prompt, sample in chunk]
-                for (prompt, sample), drawn in zip(chunk, decode(self._model, requests, params, self._vocab_size)):
-                    result[prompt][sample] = self._completion(drawn)
-        return cast("list[list[Completion]]", result)
+        requests = [self._request(prompts[prompt], sample, params) for prompt, sample in rows]
+        drawn: dict[int, list[Completion]] = {prompt: [] for prompt in order}
+        for start in range(0, len(rows), self._rollout.max_sequences):
+            chunk = slice(start, start + self._rollout.max_sequences)
+            with torch.inference_mode():  # not around a yield: it would reach into the caller
+                samples = decode(self._model, requests[chunk], params, self._vocab_size)
+            for (prompt, _), sample in zip(rows[chunk], samples, strict=True):
+                drawn[prompt].append(self._completion(sample))
+                if len(drawn[prompt]) == n:
+                    yield prompt, drawn.pop(prompt)
 
-    def load_adapter(self, adapter: Adapter) -> str:
+    def load_adapter(self, adapter: Publication) -> str:
         """See ``Engine.load_adapter``. ``full`` overwrites the weights in place: refused where they are shared."""
+        if isinstance(adapter, SharedAdapter):
+            raise EngineError("the transformers engine takes adapters through host memory only")
         if adapter.kind == "full":
             held = self._load_full(adapter)
         else:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -15,7 +15,7 @@ import torch
 from posttrain.rl.errors import EngineError
 from posttrain.rl.fingerprint import fingerprint
 from posttrain.rl.machine import dtype_name
-from posttrain.rl.types import Adapter, Completion, Prompt, SamplingParams
+from posttrain.rl.types import Adapter, Completion, Prompt, Publication, SamplingParams, SharedAdapter
 from posttrain.rollout.engine import request_seed
 from posttrain.rollout.transformers_engine import vocabulary_size
 
@@ -102,9 +102,15 @@ class VllmEngine:
         completions = [self._completion(output.outputs[0]) for output in outputs]
         return [completions[start : start + n] for start in range(0, len(completions), n)]
 
-    def load_adapter(self, adapter: Adapter) -> str:
+    def stream(
+        self, prompts: Sequence[Prompt], n: int, params: SamplingParams
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """See ``Engine.stream``."""
+        yield from enumerate(self.generate(prompts, n, params))
+
+    def load_adapter(self, adapter: Publication) -> str:
         """See ``Engine.load_adapter``. Each tensor is read back from the worker and compared; the old version goes."""
-        if adapter.kind != "lora" or self._lora_rank is None:
+        if isinstance(adapter, SharedAdapter) or adapter.kind != "lora" or self._lora_rank is None:
             raise EngineError(
                 "this vLLM engine takes LoRA adapters only, and only when started with their rank: "
                 'use trainer.method = "lora" or rollout.engine = "transformers"'
@@ -168,7 +174,6 @@ class VllmEngine:
             "skip_tokenizer_init": True,
             "logprobs_mode": "processed_logprobs",
             "enforce_eager": rollout.enforce_eager,
-            "gpu_memory_utilization": rollout.gpu_memory_utilization,  # of main memory, in a CPU build
             "worker_extension_cls": _WORKER_EXTENSION,
         }
         options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from posttrain.rl.types import (
     OptimParams,
     OptimResult,
     Prompt,
+    Publication,
     Rollout,
     RolloutGroup,
     SamplingParams,
@@ -63,6 +64,10 @@ class _Fake:
     async def close(self) -> None:
         self.closed += 1
 
+    @property
+    def members(self) -> tuple[Any]:
+        return (self,)
+
 
 class FakeSampler(_Fake):
     """Sample ``i`` of a prompt under version ``v`` is the text ``"<prompt id>/<i>@<v>"``, with one to three tokens."""
@@ -82,7 +87,14 @@ class FakeSampler(_Fake):
         assert self.version == version, "weights were changed inside a batch"
         return [[completion(f"{p.id}/{i}@{version}", version, 1 + i % 3) for i in range(n)] for p in prompts]
 
-    async def load_adapter(self, adapter: Adapter) -> str:
+    async def stream(
+        self, prompts: Sequence[Prompt], n: int, params: SamplingParams
+    ) -> AsyncIterator[tuple[int, list[Completion]]]:
+        for index, completions in enumerate(await self.sample(prompts, n, params)):
+            yield index, completions
+
+    async def load_adapter(self, adapter: Publication) -> str:
+        assert isinstance(adapter, Adapter)
         await self._call("load_adapter")
         self.version = adapter.policy_version
         self.events.append(("load", self.version))
@@ -147,6 +159,13 @@ class FakeLearner(_Fake):
     async def export_adapter(self) -> Adapter:
         await self._call("export_adapter")
         return Adapter(self.version, "lora", {"weight": torch.tensor([self.weight])}, {})
+
+    async def publish_adapter(self) -> Adapter:
+        return await self.export_adapter()
+
+    async def clear_gradients(self) -> None:
+        await self._call("clear_gradients")
+        self.events.append(("clear", self.version))
 
     async def checksum(self) -> str:
         await self._call("checksum")

@@ -18,7 +18,7 @@ from posttrain.rl import metrics
 from posttrain.rl.algorithms.base import LossInputs
 from posttrain.rl.errors import CheckpointError, EngineError
 from posttrain.rl.metrics import Mean, Metric
-from posttrain.rl.types import Adapter, OptimParams, OptimResult, Scores, TrainBatch
+from posttrain.rl.types import Adapter, OptimParams, OptimResult, Publication, Scores, TrainBatch
 from posttrain.trainer import checkpoint, lora
 from posttrain.trainer.model import PackedModel, load_causal_lm, resolve_device
 from posttrain.trainer.optim import Optimizer
@@ -100,6 +100,15 @@ class Trainer:
         if self._peft is None:
             return Adapter(self.policy_version, "full", tensors, {})
         return Adapter(self.policy_version, "lora", tensors, lora.adapter_config(self._peft))
+
+    def publish_adapter(self) -> Publication:
+        """The trained weights for the sampler: see ``Learner.publish_adapter``."""
+        return self.export_adapter()
+
+    def clear_gradients(self) -> None:
+        """Forget the gradients since the last optimizer step."""
+        for weight in self._weights.values():
+            weight.grad = None
 
     def base_weights(self) -> dict[str, Tensor]:
         """Frozen base parameters, not copied, by their plain transformers names; empty for full fine-tuning."""

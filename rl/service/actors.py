@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from posttrain.rl.errors import EngineError, PosttrainError
+from posttrain.rl.errors import ActorDied, PosttrainError
 
 CLOSE_SECONDS = 20.0
 """How long an actor may take to close what it holds."""
@@ -61,6 +61,10 @@ class _Host:
         """Run one method of the object."""
         return getattr(self._target, method)(*args, **kwargs)
 
+    def stream(self, method: str, *args: Any) -> Iterator[Any]:
+        """Run one generator method of the object."""
+        yield from getattr(self._target, method)(*args)
+
 
 class ActorCaller:
     """A ``Caller`` over one Ray actor that lives and dies with it."""
@@ -88,6 +92,11 @@ class ActorCaller:
         """See ``Caller``; our own errors arrive as they were raised, a dead process as ``EngineError``."""
         return await self._result(self._actor.call.remote(method, *args, **kwargs))
 
+    async def stream(self, method: str, *args: Any) -> AsyncIterator[Any]:
+        """See ``Caller``."""
+        async for reference in self._actor.stream.options(num_returns="streaming").remote(method, *args):
+            yield await self._result(reference)
+
     async def close(self) -> None:
         """See ``Caller``."""
         if self._open:
@@ -104,7 +113,8 @@ class ActorCaller:
                 raise error.cause from None
             raise
         except RayActorError as error:
-            raise EngineError(
+            raise ActorDied(
                 f"the {self._name}'s process died ({str(error).splitlines()[0]}); "
-                "resume the run from its last checkpoint with: posttrain train --resume RUN"
+                "resume the run from its last checkpoint with: posttrain train --resume RUN",
+                self._name,
             ) from None

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from posttrain.rl.types import Adapter, Completion, OptimParams, OptimResult, Prompt, SamplingParams, Scores, TrainBatch
+from posttrain.rl.types import (
+    Adapter,
+    Completion,
+    OptimParams,
+    OptimResult,
+    Prompt,
+    Publication,
+    SamplingParams,
+    Scores,
+    TrainBatch,
+)
 
 if TYPE_CHECKING:
     from posttrain.rl.algorithms.base import Algorithm
     from posttrain.rl.metrics import Metric
+    from posttrain.rl.service.protocols import Learner, Sampler
 
 
 class Caller(Protocol):
@@ -18,6 +29,10 @@ class Caller(Protocol):
 
     async def __call__(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """The method's result; its exceptions are raised here."""
+        ...
+
+    def stream(self, method: str, *args: Any) -> AsyncIterator[Any]:
+        """What a generator method yields, each item as soon as it is there."""
         ...
 
     async def close(self) -> None:
@@ -30,12 +45,19 @@ class SamplerHandle:
 
     def __init__(self, call: Caller) -> None:
         self._call = call
+        self.members: Sequence[Sampler] = (self,)
 
     async def sample(self, prompts: Sequence[Prompt], n: int, params: SamplingParams) -> list[list[Completion]]:
         """See ``Sampler``."""
         return await self._call("generate", prompts, n, params)
 
-    async def load_adapter(self, adapter: Adapter) -> str:
+    def stream(
+        self, prompts: Sequence[Prompt], n: int, params: SamplingParams
+    ) -> AsyncIterator[tuple[int, list[Completion]]]:
+        """See ``Sampler``."""
+        return self._call.stream("stream", prompts, n, params)
+
+    async def load_adapter(self, adapter: Publication) -> str:
         """See ``Sampler``."""
         return await self._call("load_adapter", adapter)
 
@@ -57,6 +79,7 @@ class LearnerHandle:
 
     def __init__(self, call: Caller) -> None:
         self._call = call
+        self.members: Sequence[Learner] = (self,)
 
     async def score(self, batches: Sequence[TrainBatch], *, reference: bool = False) -> list[Scores]:
         """See ``Learner``."""
@@ -65,6 +88,10 @@ class LearnerHandle:
     async def forward_backward(self, batches: Sequence[TrainBatch], algorithm: Algorithm) -> dict[str, Metric]:
         """See ``Learner``."""
         return await self._call("forward_backward", batches, algorithm)
+
+    async def clear_gradients(self) -> None:
+        """See ``Learner``."""
+        await self._call("clear_gradients")
 
     async def optim_step(self, params: OptimParams) -> OptimResult:
         """See ``Learner``."""
@@ -77,6 +104,10 @@ class LearnerHandle:
     async def export_adapter(self) -> Adapter:
         """See ``Learner``."""
         return await self._call("export_adapter")
+
+    async def publish_adapter(self) -> Publication:
+        """See ``Learner``."""
+        return await self._call("publish_adapter")
 
     async def checksum(self) -> str:
         """See ``Learner``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -32,6 +32,23 @@ class ThreadCaller:
         """See ``Caller``."""
         call = partial(getattr(self._target, method), *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+
+    async def stream(self, method: str, *args: Any) -> AsyncIterator[Any]:
+        """See ``Caller``; the items wait here while nobody asks for them."""
+        loop, items = asyncio.get_running_loop(), asyncio.Queue[Any]()
+        end = object()
+
+        def run() -> None:
+            try:
+                for item in getattr(self._target, method)(*args):
+                    loop.call_soon_threadsafe(items.put_nowait, item)
+            finally:
+                loop.call_soon_threadsafe(items.put_nowait, end)
+
+        done = loop.run_in_executor(self._executor, run)
+        while (item := await items.get()) is not end:
+            yield item
+        await done
 
     async def close(self) -> None:
         """See ``Caller``; waits for the call in flight."""

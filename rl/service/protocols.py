@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from posttrain.rl.algorithms.base import Algorithm
 from posttrain.rl.metrics import Metric
-from posttrain.rl.types import Adapter, Completion, OptimParams, OptimResult, Prompt, SamplingParams, Scores, TrainBatch
+from posttrain.rl.types import (
+    Adapter,
+    Completion,
+    OptimParams,
+    OptimResult,
+    Prompt,
+    Publication,
+    SamplingParams,
+    Scores,
+    TrainBatch,
+)
 
 
 class Sampler(Protocol):
     """Draws completions with the newest adapter it was given."""
 
+    @property
+    def members(self) -> Sequence[Sampler]:
+        """One sampler a GPU; itself where there is only one."""
+        ...
+
     async def sample(self, prompts: Sequence[Prompt], n: int, params: SamplingParams) -> list[list[Completion]]:
         """``n`` completions of each prompt, in the prompts' order."""
         ...
 
-    async def load_adapter(self, adapter: Adapter) -> str:
+    def stream(
+        self, prompts: Sequence[Prompt], n: int, params: SamplingParams
+    ) -> AsyncIterator[tuple[int, list[Completion]]]:
+        """The same completions as ``sample``, each prompt's as soon as all of them are there: index, completions."""
+        ...
+
+    async def load_adapter(self, adapter: Publication) -> str:
         """Sample from ``adapter`` from now on; returns the fingerprint of the weights now in the engine."""
         ...
 
@@ -38,12 +59,24 @@ class Sampler(Protocol):
 class Learner(Protocol):
     """Owns the trained weights and their optimizer."""
 
+    @property
+    def members(self) -> Sequence[Learner]:
+        """One learner a GPU, all with the same weights; itself where there is only one."""
+        ...
+
     async def score(self, batches: Sequence[TrainBatch], *, reference: bool = False) -> list[Scores]:
         """Logprobs and entropies of each micro-batch without gradients; ``reference`` switches the adapter off."""
         ...
 
     async def forward_backward(self, batches: Sequence[TrainBatch], algorithm: Algorithm) -> dict[str, Metric]:
-        """Add the gradients of every micro-batch to what is there; never clears them."""
+        """Add the gradients of every micro-batch to what is there; never clears them.
+
+        Raises ``OutOfMemory`` where a micro-batch does not fit; the gradients are then of no use: clear them.
+        """
+        ...
+
+    async def clear_gradients(self) -> None:
+        """Forget the gradients since the last optimizer step."""
         ...
 
     async def optim_step(self, params: OptimParams) -> OptimResult:
@@ -56,6 +89,10 @@ class Learner(Protocol):
 
     async def export_adapter(self) -> Adapter:
         """A copy of the trained weights at this version."""
+        ...
+
+    async def publish_adapter(self) -> Publication:
+        """The trained weights for the sampler on the same GPU: in its memory where that is possible, else a copy."""
         ...
 
     async def checksum(self) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from posttrain.rl.errors import EngineError
 from posttrain.rl.fingerprint import fingerprint
+from posttrain.rl.types import SharedAdapter
 
 if TYPE_CHECKING:
     from posttrain.rl.service.protocols import Learner, Sampler
@@ -22,13 +23,26 @@ class Published:
 
 
 async def publish(learner: Learner, sampler: Sampler) -> Published:
-    """Hand the trainer's newest weights to the sampler.
+    """Hand the trainer's newest weights to the sampler, on every GPU.
 
-    Raises ``EngineError`` when the engine holds anything else afterwards: training on samples of the wrong weights
-    exits 0 and learns nothing.
+    Raises ``EngineError`` when an engine holds anything else afterwards, or two trainers differ: training on samples of
+    the wrong weights exits 0 and learns nothing.
     """
-    adapter = await learner.export_adapter()
-    sent = await asyncio.to_thread(fingerprint, adapter.tensors)
+    pairs = zip(learner.members, sampler.members, strict=True)
+    published = await asyncio.gather(*(_publish(one, other) for one, other in pairs))
+    if len(set(published)) > 1:
+        raise EngineError(
+            f"the trainers of {len(published)} GPUs hold different weights: {', '.join(map(str, published))}"
+        )
+    return published[0]
+
+
+async def _publish(learner: Learner, sampler: Sampler) -> Published:
+    adapter = await learner.publish_adapter()
+    if isinstance(adapter, SharedAdapter):
+        sent = adapter.fingerprint
+    else:
+        sent = await asyncio.to_thread(fingerprint, adapter.tensors)
     held = await sampler.load_adapter(adapter)
     if held != sent:
         raise EngineError(
