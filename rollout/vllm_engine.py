@@ -38,12 +38,21 @@ class VllmEngine:
         rollout: RolloutConfig,
         *,
         lora_rank: int | None = None,
+        lora_targets: str | Sequence[str] = "all-linear",
+        kv_cache_bytes: int | None = None,
+        sequences: int | None = None,
+        in_process: bool = False,
         engine_args: Mapping[str, Any] | None = None,
     ) -> None:
         """Start the engine on ``source`` (hub name or folder). Without ``lora_rank`` it takes no adapter.
 
+        ``lora_targets``: as ``trainer.lora.target_modules``. ``kv_cache_bytes``: memory of the KV cache; without it
+        vLLM takes what its own default leaves. ``sequences``: how many a step samples; no more are decoded at once.
+        ``in_process``: run vLLM's engine core in this process instead of one of its own.
         ``engine_args`` are handed to ``vllm.LLM`` as they are and win over ours (``worker_cls``, ``quantization``, …).
         """
+        # Read when the engine is built, not when vLLM is imported.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process else "1"
         try:
             import vllm
             from vllm.lora.request import LoRARequest
@@ -57,6 +66,7 @@ class VllmEngine:
         self._sampling_params, self._lora_request = vllm.SamplingParams, LoRARequest
         self._on_gpu = not current_platform.is_cpu()
         self._source, self._lora_rank = str(source), lora_rank
+        self._kv_cache_bytes, self._sequences = kv_cache_bytes, sequences
         tokenizer_source = model.tokenizer or self._source
         revision = model.revision if tokenizer_source == self._source else None
         self._tokenizer = AutoTokenizer.from_pretrained(
@@ -183,6 +193,10 @@ class VllmEngine:
             args["max_model_len"] = min(rollout.max_model_len, longest or rollout.max_model_len)
         if self._on_gpu:
             args["enable_sleep_mode"] = True
+        if self._kv_cache_bytes is not None:
+            args["kv_cache_memory_bytes"] = self._kv_cache_bytes
+        if self._sequences is not None:
+            args["max_num_seqs"] = self._sequences
         if self._lora_rank is not None:
             # Two in host memory, one in use: the version in use survives until the next one has been checked.
             args |= {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 2, "max_lora_rank": self._allowed_rank()}
