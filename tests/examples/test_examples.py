@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from .loading import EXAMPLES, load
 
 
 @pytest.mark.slow
@@ -37,11 +36,12 @@ def test_the_script_learns_to_count(name: str, lines: int, tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def addition():
-    spec = importlib.util.spec_from_file_location("smollm2_addition", EXAMPLES / "smollm2_addition.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("smollm2_addition")
+
+
+@pytest.fixture(scope="module")
+def chain_sum():
+    return load("smollm2_chain_sum")
 
 
 @pytest.mark.parametrize(
@@ -66,3 +66,27 @@ def test_addition_has_every_sum_of_two_digits_once(addition):
     assert len({problem["prompt"] for problem in problems}) == len(problems) == 81
     assert {"prompt": "What is 9 + 9?", "answer": "18"} in problems
     assert sum(int(problem["answer"]) for problem in problems) == 810
+
+
+@pytest.mark.parametrize(
+    ("completion", "score"),
+    [
+        ("The final answer is -6", 1.0),
+        ("3 - 9 = -6.", 1.0),
+        ("-6", 1.0),
+        ("-6 is the answer to 3 - 9", 0.0),  # the last number counts
+        ("6", 0.0),
+        ("minus six", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_the_last_number_of_a_chain_sum_counts(chain_sum, completion: str, score: float):
+    assert chain_sum.correct(completion, answer="-6") == score
+
+
+def test_chain_sum_has_every_sum_and_difference_of_two_digits_once(chain_sum):
+    pytest.importorskip("reasoning_gym")
+    problems = {problem["prompt"]: problem["answer"] for problem in chain_sum.problems()}
+    digits = range(10)
+    expected = {f"{a} {sign} {b}": a + b if sign == "+" else a - b for a in digits for b in digits for sign in "+-"}
+    assert problems == {chain_sum.QUESTION.format(sum): str(answer) for sum, answer in expected.items()}
