@@ -159,7 +159,7 @@ def _deal(groups: Sequence[RolloutGroup], updates: int) -> list[Sequence[Rollout
 
 
 def _pack_step(sequences: Sequence[_Sequence], settings: BatchSettings) -> list[TrainBatch]:
-    bins = _first_fit([len(sequence) for sequence in sequences], settings.micro_batch_tokens)
+    bins = first_fit([len(sequence) for sequence in sequences], settings.micro_batch_tokens)
     num_loss_tokens = sum(len(sequence.completion_ids) for sequence in sequences)
     return [
         _pack([sequences[index] for index in members], settings, num_loss_tokens, len(sequences), len(bins))
@@ -167,7 +167,7 @@ def _pack_step(sequences: Sequence[_Sequence], settings: BatchSettings) -> list[
     ]
 
 
-def _first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
+def first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """First-fit decreasing: indices by bin, ascending in each. A length above ``budget`` has its bin to itself."""
     bins: list[list[int]] = []
     room: list[int] = []

@@ -1,0 +1,115 @@
+"""Packed micro-batches cut into their sequences and packed again: under a smaller budget, or dealt out to ranks.
+
+Shape letters: B sequences, T packed tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from posttrain.rl.batching import first_fit
+from posttrain.rl.types import Scores, TrainBatch
+
+_COLUMNS = (
+    "input_ids",
+    "position_ids",
+    "loss_mask",
+    "advantages",
+    "rollout_logprobs",
+    "old_logprobs",
+    "ref_logprobs",
+)
+"""Every ``[T]`` tensor of a batch."""
+
+
+def repack(batches: Sequence[TrainBatch], budget: int) -> list[TrainBatch]:
+    """The sequences of one optimizer step in micro-batches of at most ``budget`` tokens; a longer sequence has one of
+    its own. The gradient stays what it was, but for BNPO, whose loss depends on how a step is cut.
+    """
+    sequences = _sequences(batches)
+    bins = first_fit([len(sequence) for sequence in sequences], budget)
+    return [_pack(batches, [sequences[index] for index in members], len(bins)) for members in bins]
+
+
+@dataclass(slots=True, frozen=True)
+class Deal:
+    """The sequences of one optimizer step, dealt out to ranks."""
+
+    shares: list[list[TrainBatch]]
+    """The micro-batches of each rank; none for a rank without a sequence."""
+    _batches: Sequence[TrainBatch]
+    _places: list[list[list[_Sequence]]]
+    """Which sequences each micro-batch of each rank holds, in order."""
+
+    def collect(self, scores: Sequence[Sequence[Scores]]) -> list[Scores]:
+        """What the ranks scored, a ``Scores`` for each of their micro-batches, as if the dealt batches had been."""
+        parts: dict[_Sequence, Scores] = {}
+        for places, scored in zip(self._places, scores, strict=True):
+            for sequences, score in zip(places, scored, strict=True):
+                lengths = [len(sequence) for sequence in sequences]
+                cut = zip(score.logprobs.split(lengths), score.entropy.split(lengths), strict=True)
+                parts |= {sequence: Scores(*pair) for sequence, pair in zip(sequences, cut, strict=True)}
+        collected: list[list[Scores]] = [[] for _ in self._batches]
+        for sequence in _sequences(self._batches):
+            collected[sequence.batch].append(parts[sequence])
+        return [
+            Scores(torch.cat([part.logprobs for part in own]), torch.cat([part.entropy for part in own]))
+            for own in collected
+        ]
+
+
+def deal(batches: Sequence[TrainBatch], ranks: int, budget: int) -> Deal:
+    """Give each sequence, longest first, to the rank with the fewest tokens so far, and pack each rank's share.
+
+    The same lengths are dealt the same way, whatever else the batches hold: what was scored is trained in the same
+    micro-batches.
+    """
+    sequences = _sequences(batches)
+    shares: list[list[_Sequence]] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    for sequence in sorted(sequences, key=len, reverse=True):
+        rank = min(range(ranks), key=tokens.__getitem__)
+        shares[rank].append(sequence)
+        tokens[rank] += len(sequence)
+    places = [[[share[i] for i in members] for members in first_fit([*map(len, share)], budget)] for share in shares]
+    count = sum(map(len, places))
+    return Deal([[_pack(batches, members, count) for members in place] for place in places], batches, places)
+
+
+@dataclass(slots=True, frozen=True)
+class _Sequence:
+    """Where one sequence lies: tokens ``start`` to ``end`` of a batch."""
+
+    batch: int
+    start: int
+    end: int
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+
+def _sequences(batches: Sequence[TrainBatch]) -> list[_Sequence]:
+    """Every sequence, in order."""
+    found = []
+    for index, batch in enumerate(batches):
+        bounds = batch.cu_seqlens.tolist()
+        found += [_Sequence(index, start, end) for start, end in pairwise(bounds)]
+    return found
+
+
+def _pack(batches: Sequence[TrainBatch], sequences: Sequence[_Sequence], num_micro_batches: int) -> TrainBatch:
+    first = batches[sequences[0].batch]
+    columns: dict[str, Tensor | None] = {}
+    for name in _COLUMNS:
+        parts = [getattr(batches[sequence.batch], name) for sequence in sequences]
+        assert len({part is None for part in parts}) == 1, f"some batches of a step have {name} and some have not"
+        cut = [part[s.start : s.end] for part, s in zip(parts, sequences, strict=True) if part is not None]
+        columns[name] = torch.cat(cut) if cut else None
+    lengths = torch.tensor([0, *map(len, sequences)], device=first.cu_seqlens.device)
+    bounds = lengths.cumsum(0).to(first.cu_seqlens.dtype)
+    return replace(first, cu_seqlens=bounds, num_micro_batches=num_micro_batches, **columns)  # type: ignore[arg-type]
