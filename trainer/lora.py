@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from posttrain.rl.errors import EngineError
+from posttrain.trainer.quantized import QuantizedLinear
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -64,13 +66,26 @@ def weights(model: PeftModel) -> dict[str, nn.Parameter]:
     }
 
 
-def base_weights(causal_lm: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Parameters of the model under the adapter by the names they have without one."""
-    return {
+def base_weights(causal_lm: PreTrainedModel) -> dict[str, nn.Parameter | QuantizedLinear]:
+    """Parameters of the model under the adapter by the names they have without one; a quantized layer as it is."""
+    layers = {
+        name.removesuffix(".base_layer"): module
+        for name, module in causal_lm.named_modules()
+        if isinstance(module, QuantizedLinear)
+    }
+    parameters = {
         name.replace(".base_layer.", "."): parameter
         for name, parameter in causal_lm.named_parameters()
         if ".lora_" not in name
     }
+    dense = {name: weight for name, weight in parameters.items() if name.rpartition(".")[0] not in layers}
+    return {**dense, **layers}
+
+
+def scaling(model: PeftModel) -> float:
+    """What the adapter's output is multiplied by: alpha/rank, or alpha/√rank when rank-stabilized."""
+    settings = model.peft_config[ADAPTER]
+    return settings.lora_alpha / (math.sqrt(settings.r) if settings.use_rslora else settings.r)
 
 
 def adapter_config(model: PeftModel) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from posttrain.rl.errors import EngineError
 from posttrain.rl.machine import dtype_name
 from posttrain.trainer.attention import NAME as PACKED_ATTENTION
 from posttrain.trainer.attention import Packing
+from posttrain.trainer.quantized import quantize_linears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -202,16 +203,23 @@ class PackedModel:
 
 
 def load_causal_lm(source: str | Path, config: ModelConfig, device: torch.device) -> PreTrainedModel:
-    """Load a causal LM onto ``device``. Raises ``EngineError`` for what cannot be found or does not fit."""
+    """Load a causal LM onto ``device`` and quantize it as ``config`` says.
+
+    Raises ``EngineError`` for what cannot be found or does not fit.
+    """
     from transformers import AutoModelForCausalLM
 
     dtype = resolve_dtype(config.dtype, device)
-    # In transformers' own device map the weights go straight to the GPU, without a copy in host memory.
-    placement = {"device_map": {"": device}} if device.type == "cuda" else {}
+    # In transformers' own device map the weights go straight to the GPU, without a copy in host memory. What is to be
+    # quantized comes by way of the host, so that the GPU never holds the dense model.
+    direct = device.type == "cuda" and config.quantization == "none"
+    placement = {"device_map": {"": device}} if direct else {}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(source), dtype=dtype, revision=config.revision, trust_remote_code=config.trust_remote_code, **placement
         )
+        if config.quantization != "none":
+            quantize_linears(model, config.quantization, device)
     except (OSError, ValueError) as error:
         raise EngineError(f"cannot load {source} as a causal language model: {str(error).splitlines()[0]}") from error
     except torch.cuda.OutOfMemoryError as error:

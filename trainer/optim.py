@@ -55,7 +55,7 @@ class Optimizer:
         Raises ``EngineError`` naming the first weight whose gradient is not finite; then no weight has moved, and the
         gradients are cleared.
         """
-        targets = self._targets()
+        targets = self.targets()
         gradients = [weight.grad for weight in targets.values() if weight.grad is not None]
         if self._loss_scale != 1.0:
             torch._foreach_mul_(gradients, 1.0 / self._loss_scale)
@@ -77,7 +77,7 @@ class Optimizer:
     def reset(self) -> None:
         """Forget the moments; weights stay, masters are taken from them anew, gradients are cleared."""
         self.sync_masters()
-        self._clear(self._targets())
+        self._clear(self.targets())
         self._adam = self._build()
 
     def sync_masters(self) -> None:
@@ -106,12 +106,16 @@ class Optimizer:
             raise CheckpointError(
                 f"the checkpoint's optimizer knows other weights: {', '.join(changed) or 'another order'}"
             )
-        self._clear(self._targets())
+        self._clear(self.targets())
         self._adam = self._build()
         self._adam.load_state_dict(state["adam"])
         with torch.no_grad():
             for name, master in self._masters.items():
                 master.copy_(state["masters"][name] if name in state["masters"] else self._weights[name])
+
+    def clear_gradients(self) -> None:
+        """Forget every gradient."""
+        self._clear(self.targets())
 
     def close(self) -> None:
         """Let go of the weights."""
@@ -119,11 +123,12 @@ class Optimizer:
             hook.remove()
         self._hooks.clear()
 
-    def _targets(self) -> dict[str, nn.Parameter]:
+    def targets(self) -> dict[str, nn.Parameter]:
+        """What the gradients are on: the masters, where weights have them."""
         return {name: self._masters.get(name, weight) for name, weight in self._weights.items()}
 
     def _build(self) -> torch.optim.Optimizer:
-        parameters = list(self._targets().values())
+        parameters = list(self.targets().values())
         settings: dict[str, Any] = {
             "lr": self._config.learning_rate,
             "betas": self._config.betas,

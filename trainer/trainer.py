@@ -5,27 +5,39 @@ Shape letters: T packed tokens, S tokens in the loss.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
 from posttrain.rl import metrics
 from posttrain.rl.algorithms.base import LossInputs
-from posttrain.rl.errors import CheckpointError, EngineError
+from posttrain.rl.errors import CheckpointError, EngineError, OutOfMemory
+from posttrain.rl.fingerprint import checksums
 from posttrain.rl.metrics import Mean, Metric
 from posttrain.rl.types import Adapter, OptimParams, OptimResult, Publication, Scores, TrainBatch
 from posttrain.trainer import checkpoint, lora
 from posttrain.trainer.model import PackedModel, load_causal_lm, resolve_device
 from posttrain.trainer.optim import Optimizer
+from posttrain.trainer.publishing import AdapterBuffer
+from posttrain.trainer.shared_weights import HeldTensor, bind, frozen_tensors, storage_report
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from posttrain.rl.algorithms.base import Algorithm
     from posttrain.rl.config import ModelConfig, TrainerConfig
+    from posttrain.rl.types import SharedWeights
+    from posttrain.trainer.distributed import Ranks
+    from posttrain.trainer.quantized import QuantizedLinear
+
+Result = TypeVar("Result")
 
 FLOAT16_LOSS_SCALE = 4096.0
 """Token losses are divided by the step's token count; in float16 their gradients would underflow without it."""
@@ -34,11 +46,29 @@ FLOAT16_LOSS_SCALE = 4096.0
 class Trainer:
     """Owns the trained weights and their optimizer. One thread at a time."""
 
-    def __init__(self, source: str | Path, model: ModelConfig, trainer: TrainerConfig, *, seed: int = 0) -> None:
-        """Load ``source`` (hub name or folder) and attach an adapter whose initial weights ``seed`` decides."""
+    def __init__(  # noqa: PLR0913 — where it runs and what it shares, all by name
+        self,
+        source: str | Path,
+        model: ModelConfig,
+        trainer: TrainerConfig,
+        *,
+        seed: int = 0,
+        shared: SharedWeights | None = None,
+        memory_limit: int | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """Load ``source`` (hub name or folder), or map ``shared``, and attach an adapter that ``seed`` decides.
+
+        ``memory_limit``: bytes this process may allocate on the GPU; mapped memory does not count.
+        """
         self.config = trainer
         self.device = resolve_device(trainer.device)
-        self._causal_lm = load_causal_lm(source, model, self.device)
+        if memory_limit is not None and self.device.type == "cuda":
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, memory_limit / total), self.device)
+        self._ranks = ranks
+        self._mapped: dict[str, Tensor] = {}
+        self._causal_lm = self._load(source, model, shared)
         self._model = PackedModel(self._causal_lm, self.device)
         if trainer.method == "lora":
             self._peft = lora.attach(self._causal_lm, trainer.lora, seed)
@@ -52,7 +82,26 @@ class Trainer:
             self._model.enable_checkpointing()
         self._loss_scale = FLOAT16_LOSS_SCALE if self._causal_lm.dtype == torch.float16 else 1.0
         self._optimizer = Optimizer(self._weights, trainer, self._loss_scale)
+        self._buffer: AdapterBuffer | None = None
+        if shared is not None:
+            assert self._peft is not None
+            self._buffer = AdapterBuffer(self._weights, lora.scaling(self._peft), self._causal_lm.dtype)
         self.policy_version = 0
+        self.release_memory()
+        if ranks is not None:  # the last thing: the others may take as long to load
+            ranks.connect(self.device)
+        if ranks is not None:  # last: a trainer that cannot be built does not leave the others waiting for it
+            ranks.connect(self.device)
+
+    def _load(self, source: str | Path, model: ModelConfig, shared: SharedWeights | None) -> PreTrainedModel:
+        if self.config.method == "full" and (shared is not None or model.quantization != "none"):
+            what = "weights shared with the engine" if shared is not None else f"{model.quantization} weights"
+            raise EngineError(f'full fine-tuning cannot train {what}: use trainer.method = "lora"')
+        if shared is None:
+            return load_causal_lm(source, model, self.device)
+        copy = self.config.copy_repacked_weights
+        causal_lm, self._mapped = bind(source, model, shared, self.device, copy_repacked=copy)
+        return causal_lm
 
     def score(self, batches: Sequence[TrainBatch], reference: bool = False) -> list[Scores]:
         """Logprobs and entropies of each micro-batch without gradients, on the host; ``reference``: adapter off.
@@ -60,33 +109,27 @@ class Trainer:
         Raises ``EngineError`` for a reference under full fine-tuning: the base weights are gone.
         """
         if not reference:
-            return [self._score(batch) for batch in batches]
+            return [self._within(batch, partial(self._score, batch)) for batch in batches]
         if self._peft is None:
             raise EngineError(
                 'full fine-tuning keeps no base model to refer to: use trainer.method = "lora" or kl_coef = 0'
             )
         with self._peft.disable_adapter():
-            return [self._score(batch) for batch in batches]
+            return [self._within(batch, partial(self._score, batch)) for batch in batches]
 
     def forward_backward(self, batches: Sequence[TrainBatch], algorithm: Algorithm) -> dict[str, Metric]:
-        """Add the gradients of every micro-batch to what is there; never clears them. Returns the merged metrics."""
-        parts: list[Mapping[str, Metric]] = []
-        for batch in batches:
-            logprobs, entropy = self._logprobs(batch, entropy_gradient=algorithm.needs_entropy_gradient)
-            inputs = self._loss_inputs(batch, logprobs, entropy)
-            output = algorithm.loss(inputs)
-            if output.loss.requires_grad:  # a loss without any token may be a plain 0
-                (output.loss * self._loss_scale).backward()
-            counted = torch.where(inputs.loss_mask, entropy.detach(), torch.zeros_like(entropy)).sum()
-            parts.append({**output.metrics, "policy/entropy": Mean(counted, inputs.loss_mask.sum())})
-        return metrics.merge(parts)
+        """Add the gradients of every micro-batch to what is there; never clears them. Returns the merged metrics.
+
+        Raises ``OutOfMemory`` where a micro-batch does not fit; the gradients are then of no use: clear them.
+        """
+        return metrics.merge([self._within(batch, partial(self._backward, batch, algorithm)) for batch in batches])
 
     def optim_step(self, params: OptimParams) -> OptimResult:
-        """Clip, step, clear the gradients; the policy version grows by one.
+        """Sum the gradients over the ranks, clip, step, clear them; the policy version grows by one.
 
         Raises ``EngineError`` naming the first weight with a gradient that is not finite; then nothing was stepped.
         """
-        grad_norm = self._optimizer.step(params)
+        grad_norm = self._within(None, partial(self._step, params))
         self.policy_version += 1
         return OptimResult(self.policy_version, grad_norm)
 
@@ -102,29 +145,37 @@ class Trainer:
         return Adapter(self.policy_version, "lora", tensors, lora.adapter_config(self._peft))
 
     def publish_adapter(self) -> Publication:
-        """The trained weights for the sampler: see ``Learner.publish_adapter``."""
-        return self.export_adapter()
+        """The trained weights for the sampler: through the GPU's memory where the base came that way, else a copy."""
+        if self._buffer is None:
+            return self.export_adapter()
+        assert self._peft is not None
+        return self._buffer.publish(self.policy_version, lora.adapter_config(self._peft))
 
     def clear_gradients(self) -> None:
         """Forget the gradients since the last optimizer step."""
-        for weight in self._weights.values():
-            weight.grad = None
+        self._optimizer.clear_gradients()
 
-    def base_weights(self) -> dict[str, Tensor]:
-        """Frozen base parameters, not copied, by their plain transformers names; empty for full fine-tuning."""
+    def base_weights(self) -> dict[str, Tensor | QuantizedLinear]:
+        """Frozen base parameters, not copied, by their plain transformers names; a quantized linear layer is there as
+        a module, under the module's name. Empty for full fine-tuning.
+        """
         if self._peft is None:
             return {}
-        return {name: weight.detach() for name, weight in lora.base_weights(self._causal_lm).items()}
+        base = lora.base_weights(self._causal_lm)
+        return {name: held.detach() if isinstance(held, Tensor) else held for name, held in base.items()}
 
     def checksum(self) -> str:
-        """Checksum of the frozen base weights, computed where they lie; empty for full fine-tuning."""
-        base = self.base_weights()
-        if not base:
+        """Checksum of the frozen base, quantization state included, computed where it lies; empty for full tuning."""
+        if self._peft is None:
             return ""
-        sums = torch.stack([_sums(weight) for weight in base.values()]).cpu()
+        base = frozen_tensors(self._causal_lm)
         digest = hashlib.blake2b("\n".join(base).encode(), digest_size=16)
-        digest.update(sums.numpy().tobytes())
+        digest.update("".join(checksums(list(base.values()))).encode())
         return digest.hexdigest()
+
+    def storage_report(self) -> list[HeldTensor]:
+        """Where each frozen tensor lies, and whether it is the engine's memory."""
+        return storage_report(self._causal_lm, self._mapped)
 
     def save(self, folder: Path) -> None:
         """Write weights, optimizer, version and random state into an existing folder."""
@@ -161,21 +212,59 @@ class Trainer:
         self._optimizer.reset()
 
     def memory(self) -> dict[str, float]:
-        """Peak memory: of the GPU since the last call, or of this process since its start."""
+        """Of the GPU: peak since the last call, and what is allocated and reserved now. Else this process's peak."""
         if self.device.type != "cuda":
             return {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
-        peak = torch.cuda.max_memory_allocated(self.device) / 2**30
+        peak = torch.cuda.max_memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        return {"peak_memory_gib": peak}
+        allocated, reserved = torch.cuda.memory_allocated(self.device), torch.cuda.memory_reserved(self.device)
+        figures = {"peak_memory_gib": peak, "allocated_gib": allocated, "reserved_gib": reserved}
+        return {name: figure / 2**30 for name, figure in figures.items()}
+
+    def release_memory(self) -> None:
+        """Give cached memory back to the GPU, for the engine to wake into."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def close(self) -> None:
         """Release everything; safe to call twice."""
         if not hasattr(self, "_model"):
             return
+        if self._ranks is not None:
+            self._ranks.close()
         self._optimizer.close()
-        del self._model, self._causal_lm, self._peft, self._weights, self._optimizer
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if self._ranks is not None:
+            self._ranks.close()
+        del self._model, self._causal_lm, self._peft, self._weights, self._optimizer, self._mapped, self._buffer
+        self.release_memory()
+
+    def _within(self, batch: TrainBatch | None, work: Callable[[], Result]) -> Result:
+        """Do ``work``; where the GPU's memory does not suffice, give back what it held and raise ``OutOfMemory``."""
+        try:
+            return work()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+        # Only here are the frames of the failed work gone, and with them the tensors that they held.
+        gc.collect()
+        self.release_memory()
+        what = "the optimizer step" if batch is None else f"a micro-batch of {len(batch.input_ids)} tokens"
+        raise OutOfMemory(f"the GPU's memory does not suffice for {what}: {reason}")
+
+    def _backward(self, batch: TrainBatch, algorithm: Algorithm) -> Mapping[str, Metric]:
+        logprobs, entropy = self._logprobs(batch, entropy_gradient=algorithm.needs_entropy_gradient)
+        inputs = self._loss_inputs(batch, logprobs, entropy)
+        output = algorithm.loss(inputs)
+        if output.loss.requires_grad:  # a loss without any token may be a plain 0
+            (output.loss * self._loss_scale).backward()
+        counted = torch.where(inputs.loss_mask, entropy.detach(), torch.zeros_like(entropy)).sum()
+        return {**output.metrics, "policy/entropy": Mean(counted, inputs.loss_mask.sum())}
+
+    def _step(self, params: OptimParams) -> float:
+        if self._ranks is not None:
+            self._ranks.sum_gradients(self._optimizer.targets())
+        return self._optimizer.step(params)
 
     @torch.no_grad()
     def _score(self, batch: TrainBatch) -> Scores:
@@ -220,13 +309,8 @@ class Trainer:
         )
 
 
-def _sums(tensor: Tensor) -> Tensor:
-    """Two wrapping int64 sums over the bits of a tensor, the second weighted by position: int64 [2]."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    flat = tensor.contiguous().view(-1).view(integers[tensor.element_size()])
-    total = torch.zeros(2, dtype=torch.int64, device=tensor.device)
-    for start in range(0, flat.numel(), 1 << 24):
-        part = flat[start : start + (1 << 24)].to(torch.int64)
-        place = torch.arange(start, start + part.numel(), device=tensor.device) * 2654435761 + 1
-        total += torch.stack([part.sum(), (part * place).sum()])
-    return total
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the GPU's memory ran out: in torch's allocator, or in a library beside it."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(
+        mark in str(error) for mark in ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    )

@@ -1,0 +1,163 @@
+"""Frozen linear layers in 4 or 8 bits: dequantized at each use, never kept, differentiable in their input.
+
+Shape letters: O output features, I input features, N blocks of weights under one absmax.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from posttrain.rl.errors import EngineError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NF4_BLOCK = 64
+"""Weights under one absmax: bitsandbytes' and vLLM's default."""
+FP8_BLOCK = 128
+"""Side of the square of weights under one scale, where scales go by block."""
+FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+_NF4_OUTPUT_TYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class QuantizedLinear(nn.Linear, ABC):
+    """``y = x Wᵀ + b`` with a frozen W that is dequantized in the forward and again in the backward pass.
+
+    ``weight`` is uint8 in every scheme: its bits. So nothing that looks at a layer's type, as peft does to choose the
+    adapter's, takes the storage type for the type of the computation; that one is ``compute_dtype``.
+    """
+
+    def __init__(self, weight: Tensor, shape: tuple[int, ...], compute_dtype: torch.dtype) -> None:
+        """Hold ``weight`` itself, not a copy."""
+        super().__init__(shape[1], shape[0], bias=False, device="meta")
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.compute_dtype = compute_dtype
+
+    @abstractmethod
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """A fresh [O, I]."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[…, I] → […, O]."""
+        return _FrozenProduct.apply(input, self.bias, self)
+
+
+class Nf4Linear(QuantizedLinear):
+    """bitsandbytes' NF4 (2305.14314): 4-bit codes, two a byte, and an absmax for each block of weights."""
+
+    absmax: Tensor
+    code: Tensor
+
+    def __init__(self, tensors: dict[str, Tensor], shape: tuple[int, ...], block_size: int, dtype: torch.dtype) -> None:
+        """``tensors``: ``weight`` uint8 [⌈OI/2⌉, 1], ``absmax`` float32 [N], ``code`` float32 [16]."""
+        _require_bitsandbytes()
+        super().__init__(tensors["weight"], shape, dtype)
+        self.block_size = block_size
+        self.register_buffer("absmax", tensors["absmax"], persistent=False)
+        self.register_buffer("code", tensors["code"], persistent=False)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """See ``QuantizedLinear``."""
+        output = dtype if dtype in _NF4_OUTPUT_TYPES else torch.float32
+        shape = (self.out_features, self.in_features)
+        weight = torch.ops.bitsandbytes.dequantize_4bit(
+            self.weight.data, self.absmax, self.block_size, "nf4", shape, output
+        )
+        return weight.to(dtype)
+
+
+class Fp8Linear(QuantizedLinear):
+    """float8_e4m3fn times a scale: one, one an output feature, or one for each square of 128 × 128 weights."""
+
+    scale: Tensor
+
+    def __init__(self, tensors: dict[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """``tensors``: ``weight`` float8_e4m3fn [O, I], any strides; ``scale`` float32 as in ``SharedWeight``."""
+        super().__init__(tensors["weight"].view(torch.uint8), shape, dtype)
+        self.register_buffer("scale", tensors["scale"], persistent=False)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """See ``QuantizedLinear``. Every element is rounded once: e4m3 is exact in any wider type, and a scale that is
+        not a bare number keeps its float32 in the product.
+        """
+        weight = self.weight.data.view(torch.float8_e4m3fn).to(dtype)
+        if self.scale.numel() == 1 or self.scale.shape == (self.out_features, 1):
+            return weight.mul_(self.scale.view(-1, 1))
+        rows = self.scale.repeat_interleave(FP8_BLOCK, dim=0)[: self.out_features]
+        whole = self.in_features // FP8_BLOCK
+        cut = whole * FP8_BLOCK
+        if whole:
+            weight[:, :cut].unflatten(1, (whole, FP8_BLOCK)).mul_(rows[:, :whole, None])
+        if cut < self.in_features:
+            weight[:, cut:].mul_(rows[:, whole:])
+        return weight
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """Linear layer that saves nothing: the layer itself is at hand in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.dequantized(x.dtype), bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        return gradient @ ctx.layer.dequantized(gradient.dtype), None, None
+
+
+def quantized(weight: Tensor, scheme: Literal["nf4", "fp8"]) -> QuantizedLinear:
+    """A layer around a dense [O, I], quantized where it lies; its type becomes that of the computation."""
+    shape = tuple(weight.shape)
+    if scheme == "fp8":
+        scale = (weight.abs().amax().float() / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny).reshape(1)
+        bits = (weight.float() / scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        return Fp8Linear({"weight": bits, "scale": scale}, shape, weight.dtype)
+    _require_bitsandbytes()
+    from bitsandbytes.functional import quantize_4bit
+
+    source = weight if weight.dtype in _NF4_OUTPUT_TYPES else weight.float()
+    bits, state = quantize_4bit(source.contiguous(), blocksize=NF4_BLOCK, quant_type="nf4")
+    tensors = {"weight": bits, "absmax": state.absmax, "code": nf4_code(weight.device)}
+    return Nf4Linear(tensors, shape, NF4_BLOCK, weight.dtype)
+
+
+def nf4_code(device: torch.device) -> Tensor:
+    """The 16 values of NF4, float32 [16]."""
+    _require_bitsandbytes()
+    from bitsandbytes.functional import get_4bit_type
+
+    return get_4bit_type("nf4", device=device)
+
+
+@torch.no_grad()
+def quantize_linears(model: PreTrainedModel, scheme: Literal["nf4", "fp8"], device: torch.device) -> None:
+    """Quantize every linear layer but the head onto ``device``, one at a time; the rest of the model follows as it is.
+
+    The model may lie on the host: the device then never holds more than one dense layer of it.
+    """
+    head = model.get_output_embeddings()
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and module is not head:
+            layer = quantized(module.weight.to(device), scheme)
+            if module.bias is not None:
+                layer.bias = nn.Parameter(module.bias.to(device), requires_grad=False)
+            model.set_submodule(name, layer)
+    model.to(device)
+
+
+def _require_bitsandbytes() -> None:
+    try:
+        import bitsandbytes  # noqa: F401 — it registers torch.ops.bitsandbytes
+    except ImportError as error:
+        raise EngineError(
+            'model.quantization = "nf4" needs bitsandbytes: pip install "posttrain[bnb]", or use "fp8" or "none"'
+        ) from error
