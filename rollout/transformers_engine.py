@@ -34,12 +34,13 @@ class TransformersEngine:
         model: ModelConfig,
         rollout: RolloutConfig,
         *,
-        base_weights: Mapping[str, Tensor] | None = None,
+        base_weights: Mapping[str, Tensor | nn.Module] | None = None,
         device: str = "auto",
     ) -> None:
         """Load ``source`` (hub name or folder), or build it around ``base_weights`` without a copy.
 
-        ``base_weights`` maps parameter names to tensors; device and type are theirs, and ``device`` is not looked at.
+        ``base_weights`` maps parameter names to tensors, and names of quantized layers to the layers themselves; device
+        and type are theirs, and ``device`` is not looked at.
         """
         from transformers import AutoTokenizer
 
@@ -121,6 +122,11 @@ class TransformersEngine:
     def _load(self, device: str) -> Any:
         from transformers import AutoModelForCausalLM
 
+        if self._config.quantization != "none":
+            raise EngineError(
+                f"the transformers engine samples from an {self._config.quantization} base only where it shares the "
+                'trainer\'s: use placement = "embedded"'
+            )
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         capability = torch.cuda.get_device_capability(device) if device.startswith("cuda") else None
@@ -135,19 +141,22 @@ class TransformersEngine:
         config = AutoConfig.from_pretrained(self._source, **self._hub(self._source)).get_text_config()
         return {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
 
-    def _wrap(self, base_weights: Mapping[str, Tensor]) -> Any:
-        """A model whose parameters are ``base_weights`` themselves; only its buffers are built anew."""
+    def _wrap(self, base_weights: Mapping[str, Tensor | nn.Module]) -> Any:
+        """A model whose parameters and layers are ``base_weights`` themselves; only its buffers are built anew."""
         from accelerate import init_empty_weights  # type: ignore[import-untyped]
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        first = next(iter(base_weights.values()))
+        # detach: load_state_dict would otherwise put the trainer's own Parameter objects into this model.
+        weights = {name: held.detach() for name, held in base_weights.items() if isinstance(held, torch.Tensor)}
+        first = next(iter(weights.values()))
         config = AutoConfig.from_pretrained(self._source, **self._hub(self._source))
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=first.dtype, trust_remote_code=self._config.trust_remote_code, **self._attention()
             )
-        # detach: load_state_dict would otherwise put the trainer's own Parameter objects into this model.
-        weights = {name: tensor.detach() for name, tensor in base_weights.items()}
+        for name, held in base_weights.items():
+            if isinstance(held, torch.nn.Module):
+                model.set_submodule(name, held)
         try:
             unexpected = model.load_state_dict(weights, strict=False, assign=True).unexpected_keys
         except RuntimeError as error:
