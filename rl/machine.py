@@ -7,9 +7,34 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 MIB = 2**20
 GIB = 2**30
+
+
+@dataclass(slots=True, frozen=True)
+class Process:
+    """A process that holds GPU memory; ``used`` is ``None`` where the driver does not tell."""
+
+    pid: int
+    name: str
+    used: int | None
+
+
+@dataclass(slots=True, frozen=True)
+class Memory:
+    """What there is to fill."""
+
+    kind: Literal["cpu", "cuda"]
+    name: str
+    total: int
+    free: int
+    capability: tuple[int, int] | None = None
+    index: int = 0
+    """Of a GPU, as the driver counts them."""
+    processes: tuple[Process, ...] = ()
+    """That hold some of it; empty where the driver does not tell, as in containers."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -22,6 +47,8 @@ class Gpu:
     free: int | None
     capability: tuple[int, int] | None
     driver: str
+    processes: tuple[Process, ...] = ()
+    """That hold some of its memory; empty where the driver does not tell, as in containers."""
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -67,6 +94,11 @@ def _gpu(line: str) -> tuple[str, Gpu]:
 
 def _mib(text: str) -> int | None:
     return int(text) * MIB if text.isdigit() else None
+
+
+def gib(size: int) -> str:
+    """A size for people."""
+    return f"{size / GIB:,.2f} GiB" if size >= GIB // 100 else f"{size / MIB:.2f} MiB"
 
 
 def cpus() -> int:

@@ -1,0 +1,319 @@
+"""The byte model: what a configuration holds in memory, worked out before any weight is loaded.
+
+Weights, adapter, gradients and optimizer are counted exactly on a model without storage; activations and the KV cache
+are the largest the configuration allows; what CUDA and vLLM take beside them are the constants below, each with its
+source. Sizes in bytes; T packed tokens, H hidden, I the widest layer, V vocabulary, N heads, L one sequence.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from posttrain.rl.architecture import linear_layers, lora_parameters, meta_model, stored_size
+from posttrain.rl.errors import ConfigError
+from posttrain.rl.machine import GIB, MIB, Memory, gib
+
+if TYPE_CHECKING:
+    from posttrain.rl.config import Config
+
+RUNTIME = GIB // 2
+"""What torch itself takes in each process: the CUDA context and cuBLAS's workspace (32 MiB on Hopper, 8 before), or
+the libraries in main memory."""
+TILE = 4096
+"""Rows and columns of the logits worked on at once (float32), the defaults of ``kernels.reference.token_logprobs``."""
+NF4_BLOCK = 64
+"""Weights that share one float32 absmax (bitsandbytes' default, not nested)."""
+NF4_CODE = 16 * 4
+"""Its code book, float32, one a layer."""
+FP8_SCALE = 4
+"""One float32 a layer (vLLM's online fp8)."""
+GRAPHS_A_LAYER = 24 * MIB
+"""CUDA graphs hold the launch parameters of every kernel of a layer at every captured batch size (vLLM 0.26 captures
+up to 51 sizes, each piecewise and in full)."""
+LARGE_GPU = 70 * GIB
+"""From here on, the A100 apart, vLLM's defaults are larger (``EngineArgs.get_batch_defaults``)."""
+KV_BLOCK = 64
+"""Tokens that the cache of a sequence is rounded up to: vLLM's blocks have 16, some attention backends ask for 64."""
+
+
+@dataclass(slots=True, frozen=True)
+class MemoryEstimate:
+    """Bytes by use. ``fixed`` is exact but for ``runtime`` and ``engine``, ``varying`` the most there can be."""
+
+    parameters: int
+    """Numbers in the base model."""
+    trainable: int
+    """Numbers that are trained."""
+    weights: int
+    """Of the base model, quantized as asked, once."""
+    sampler: int
+    """A second copy of the weights for sampling, where it cannot be shared."""
+    engine: int
+    """vLLM beside weights and KV cache: context, CUDA graphs, activations, its copy of the adapter."""
+    runtime: int
+    """Of the processes other than vLLM's."""
+    adapter: int
+    """Of full fine-tuning in half precision: the float32 masters."""
+    gradients: int
+    optimizer: int
+    publication: int
+    """The buffer through which vLLM gets the adapter."""
+    activations: int
+    """Of the largest micro-batch, with the log-probabilities of its tokens and one dequantized layer."""
+    kv_cache: int
+    """The most that the run can use."""
+    kv_least: int
+    """Without which it cannot run: vLLM asks for one sequence at its longest."""
+    sequences: int
+    """Sequences decoded at once."""
+    overlapped: bool
+    """Sampling goes on while the trainer works (``rollout.max_staleness``)."""
+
+    @property
+    def training(self) -> int:
+        """What the trainer's allocator always holds beside the weights."""
+        return self.adapter + self.gradients + self.optimizer + self.publication
+
+    @property
+    def fixed(self) -> int:
+        """Held all the time."""
+        return self.weights + self.sampler + self.engine + self.runtime + self.training
+
+    @property
+    def varying(self) -> int:
+        """At the worst moment; sampling and training take turns unless they overlap."""
+        both = (self.activations, self.kv_cache)
+        return sum(both) if self.overlapped else max(both)
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return self.fixed + self.varying
+
+    @property
+    def least(self) -> int:
+        """What it must have. Half of the largest micro-batch: the other half is for completions, which rarely all
+        reach their limit, and a micro-batch that does not fit is halved.
+        """
+        both = (self.activations // 2, self.kv_least)
+        return self.fixed + (sum(both) if self.overlapped else max(both))
+
+    def describe(self) -> str:
+        """One line with the parts."""
+        return f"{self.numbers()}, {gib(self.total)} in all: {self.parts()}"
+
+    def numbers(self) -> str:
+        """How many parameters."""
+        return f"{self.parameters / 1e6:,.4g}M parameters, {self.trainable / 1e6:,.4g}M trained"
+
+    def parts(self, *, least: bool = False) -> str:
+        """Every part that is not empty, at its most or its least."""
+        parts = {
+            "weights": self.weights,
+            "sampler": self.sampler,
+            "engine": self.engine,
+            "adapter": self.adapter,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "activations": self.activations // 2 if least else self.activations,
+            "KV cache": self.kv_least if least else self.kv_cache,
+        }
+        return ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
+
+
+def estimate_memory(
+    config: Config, memory: Memory | None = None, *, longest_prompt: int | None = None
+) -> MemoryEstimate:
+    """What ``config`` takes on ``memory``; raises ``ConfigError`` for a model that is not there.
+
+    ``longest_prompt``: tokens, by default ``data.max_prompt_tokens``.
+    """
+    model = meta_model(config.model)
+    length = config.max_model_len
+    if longest_prompt is not None:
+        length = min(length, longest_prompt + config.rollout.max_tokens)
+    on_gpu = memory is not None and memory.kind == "cuda"
+    size = _element_size(config.model.dtype, on_gpu)
+    trainer = config.trainer
+    wide = max(4, size)  # half precision is trained through float32: the adapter, or a master of every weight
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if trainer.method == "lora":
+        trainable = lora_parameters(model, trainer.lora)
+        adapter = wide * trainable
+    else:
+        trainable = parameters
+        adapter = wide * trainable if size < 4 else 0
+    weights = _weights(config, model, size)
+    vllm = uses_vllm(config, on_gpu)
+    apart = config.placement == "ray" or (config.placement == "auto" and vllm)
+    if vllm:  # on a GPU the trainer's process maps vLLM's weights
+        twice = not (on_gpu and apart)
+    else:  # one process shares one copy, except where training overwrites it
+        twice = apart or trainer.method == "full"
+    sequences = _sequences(config, memory if vllm else None)
+    cache = kv_bytes_per_token(model.config, size)
+    if vllm:
+        kv_cache, kv_least = _vllm_cache(config, cache, sequences)
+    else:
+        kv_cache = sequences * (length * cache + model.config.get_text_config().vocab_size * 4)  # and a token's logits
+        kv_least = kv_cache // 2
+    return MemoryEstimate(
+        parameters=parameters,
+        trainable=trainable,
+        weights=weights,
+        sampler=weights if twice else 0,
+        engine=engine_bytes(config, model, memory, sequences) if vllm and memory and on_gpu else 0,
+        runtime=RUNTIME if not apart or (vllm and on_gpu) else 2 * RUNTIME,
+        adapter=adapter,
+        gradients=wide * trainable,
+        optimizer=2 * trainable * (1 if trainer.optimizer == "adamw_8bit" else wide),
+        publication=trainable * size if vllm and on_gpu else 0,
+        activations=_activations(config, model, size, length),
+        kv_cache=kv_cache,
+        kv_least=kv_least,
+        sequences=sequences,
+        overlapped=config.rollout.max_staleness > 0,
+    )
+
+
+def uses_vllm(config: Config, on_gpu: bool) -> bool:
+    """Whether vLLM samples: asked for, or on a GPU where it is installed."""
+    if config.rollout.engine != "auto":
+        return config.rollout.engine == "vllm"
+    return on_gpu and config.trainer.method == "lora" and importlib.util.find_spec("vllm") is not None
+
+
+def kv_bytes_per_token(described: Any, size: int) -> int:
+    """Keys and values of one token in every layer; sliding windows are counted whole."""
+    text = described.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * heads * width * size
+
+
+def _vllm_cache(config: Config, token: int, sequences: int) -> tuple[int, int]:
+    """The most that the run can use, and the least it can do with; ``rollout.kv_cache_gib`` is both."""
+    sequence = _in_blocks(config.max_model_len) * token
+    if config.rollout.kv_cache_gib is None:
+        return sequences * sequence, sequence
+    given = int(config.rollout.kv_cache_gib * GIB)
+    if given < sequence:
+        raise ConfigError(
+            f"rollout.kv_cache_gib = {config.rollout.kv_cache_gib:g} holds no sequence of {config.max_model_len} "
+            f"tokens, which takes {gib(sequence)}: raise it, or lower data.max_prompt_tokens or rollout.max_tokens"
+        )
+    return given, given
+
+
+def engine_bytes(config: Config, model: Any, memory: Memory, sequences: int) -> int:
+    """What vLLM takes beside the weights and the KV cache.
+
+    Activations of a forward pass over as many tokens as its scheduler lets in: the residual, a layer's input and
+    output (3 H), the two halves of the widest layer and their product (3 I). Sampling: logits in the model's type,
+    then in float32 the logits, log-probabilities, probabilities and the noise they are compared with.
+    """
+    size = _element_size(config.model.dtype, True)
+    text = model.config.get_text_config()
+    tokens = min(sequences * config.max_model_len, 16384 if _large(memory) else 8192)
+    activations = tokens * 3 * (text.hidden_size + _widest(model)) * size
+    sampling = sequences * text.vocab_size * (size + 4 * 4)
+    graphs = 0 if config.rollout.enforce_eager else text.num_hidden_layers * GRAPHS_A_LAYER
+    return (
+        RUNTIME + graphs + max(activations, sampling) + _lora_slots(config, model) * size + _dequantized(config, model)
+    )
+
+
+def _lora_slots(config: Config, model: Any) -> int:
+    """Numbers in the engine's own copy of the adapter; vLLM's slots know the ranks 8, 16, 32, … only."""
+    lora = config.trainer.lora
+    if config.rollout.lora_backend == "slots":
+        lora = lora.model_copy(update={"rank": max(8, 1 << (lora.rank - 1).bit_length())})
+    return lora_parameters(model, lora)
+
+
+def _sequences(config: Config, vllm_on: Memory | None) -> int:
+    """Sequences decoded at once, at most."""
+    rollout, evaluation = config.rollout, config.evaluation
+    wanted = rollout.prompts_per_step * rollout.group_size
+    if vllm_on is None:
+        return min(wanted, rollout.max_sequences)
+    if evaluation.every:
+        wanted = max(wanted, evaluation.max_prompts * evaluation.samples)
+    return min(wanted, 1024 if _large(vllm_on) else 256)
+
+
+def _large(memory: Memory) -> bool:
+    return memory.total >= LARGE_GPU and "a100" not in memory.name.lower()
+
+
+def _in_blocks(length: int) -> int:
+    """Tokens of cache for one sequence: full blocks, and one more (vLLM keeps one block of the cache to itself)."""
+    return (-(-length // KV_BLOCK) + 1) * KV_BLOCK
+
+
+def _element_size(dtype: str, on_gpu: bool) -> int:
+    """Bytes of one weight; auto is two on a GPU and four on a CPU."""
+    sizes = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+    return sizes.get(dtype) or (2 if on_gpu else 4)
+
+
+def _weights(config: Config, model: Any, size: int) -> int:
+    """The base model: linear layers quantized as asked; embeddings, head, norms and biases dense."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    stored = stored_size(config.model, model.config)
+    if stored or config.model.quantization == "none":
+        return stored or parameters * size
+    layers = [layer.weight.numel() for layer in linear_layers(model).values()]
+    dense = (parameters - sum(layers)) * size
+    if config.model.quantization == "nf4":
+        return dense + sum(-(-numel // 2) + -(-numel // NF4_BLOCK) * 4 + NF4_CODE for numel in layers)
+    return dense + sum(layers) + FP8_SCALE * len(layers)
+
+
+def _dequantized(config: Config, model: Any) -> int:
+    """The largest linear layer in the model's type, while it is multiplied with."""
+    if config.model.quantization == "none":
+        return 0
+    return max(layer.weight.numel() for layer in linear_layers(model).values()) * _element_size(
+        config.model.dtype, True
+    )
+
+
+def _widest(model: Any) -> int:
+    """Features of the widest linear layer, in or out."""
+    return max(max(layer.weight.shape) for layer in linear_layers(model).values())
+
+
+def _activations(config: Config, model: Any, size: int, length: int) -> int:
+    """What the backward pass of the largest micro-batch keeps.
+
+    A decoder layer keeps about what goes into and comes out of each of its matrix products, and its norms' inputs in
+    float32; with checkpointing one layer at a time is whole, the others keep their input.
+    """
+    text = model.config.get_text_config()
+    rollout, trainer = config.rollout, config.trainer
+    everything = rollout.prompts_per_step * rollout.group_size * length // trainer.updates_per_batch
+    tokens_T = min(everything, max(trainer.micro_batch_tokens, length))
+    hidden, layers = text.hidden_size, text.num_hidden_layers
+    products = sum(sum(layer.weight.shape) for layer in linear_layers(model).values()) * size // layers
+    active = getattr(text, "num_experts_per_tok", None) or 0
+    if active:  # experts are stacked in one parameter: gate, up and down of those that a token visits
+        width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+        products += active * (2 * hidden + 4 * width) * size
+    one_layer = products + 4 * hidden * 4 + _scores(model, size, length)
+    kept = one_layer + layers * hidden * size if trainer.activation_checkpointing else layers * one_layer
+    tile = min(tokens_T, TILE) * min(text.vocab_size, TILE) * 4
+    return tokens_T * (kept + 3 * hidden * 4) + 3 * tile + _dequantized(config, model)
+
+
+def _scores(model: Any, size: int, length: int) -> int:
+    """A token's attention scores in one layer, where the trainer writes them out (softcap, sinks): the bent scores and
+    their softmax in float32, and the weights in the model's type.
+    """
+    text = model.config.get_text_config()
+    sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())
+    if getattr(text, "attn_logit_softcapping", None) is None and not sinks:
+        return 0
+    return text.num_attention_heads * length * (4 + 4 + (size if size < 4 else 0))
