@@ -4,7 +4,7 @@ config.toml                 the whole configuration
 metrics.jsonl               one object a line: ``step`` and ``group/name`` keys
 rollouts/step_000120.jsonl  the samples of one step; ``eval_000120.jsonl`` those of an evaluation
 checkpoints/step_000120/    state.json beside whatever the trainer saves
-logs/                       TensorBoard, W&B
+logs/                       timeline.jsonl, messages.log, TensorBoard, W&B
 reward.png                  the curve
 """
 
@@ -28,6 +28,7 @@ import tomli_w
 from posttrain import __version__
 from posttrain.rl.durable import PARTIAL, cut_torn_tail, finite, read_rows, sync, sync_tree, write_atomically
 from posttrain.rl.errors import CheckpointError, ConfigError
+from posttrain.rl.timeline import Span
 
 STATE = "state.json"
 """A checkpoint is complete when this file is in it and parses; the caller of ``checkpoint`` writes it."""
@@ -43,7 +44,7 @@ class RunDir:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self._lock_fd: int | None = None
-        self._tail_whole = False
+        self._whole: set[Path] = set()
 
     @classmethod
     def create(
@@ -134,6 +135,11 @@ class RunDir:
         return self.logs_dir / "messages.log"
 
     @property
+    def timeline_file(self) -> Path:
+        """When each phase of each step ran: one JSON object a step."""
+        return self.logs_dir / "timeline.jsonl"
+
+    @property
     def wandb_id_file(self) -> Path:
         """The id under which W&B knows this run."""
         return self.logs_dir / "wandb_id"
@@ -165,12 +171,18 @@ class RunDir:
 
     def append_metrics(self, step: int, values: Mapping[str, float | int | None]) -> None:
         """Add one line; NaN and infinities become null. Write it before the checkpoint of the same step."""
-        line = json.dumps({"step": step, **{key: finite(value) for key, value in values.items()}}) + "\n"
-        if not self._tail_whole:
-            cut_torn_tail(self.metrics_file)
-            self._tail_whole = True
-        with self.metrics_file.open("ab", buffering=0) as file:
-            file.write(line.encode())
+        self._append(self.metrics_file, {"step": step, **{key: finite(value) for key, value in values.items()}})
+
+    def append_timeline(self, step: int, spans: Iterable[Span]) -> None:
+        """Add one line, ``{"step": …, "spans": [[name, start, stop], …]}``, in seconds since the process took over."""
+        self.logs_dir.mkdir(exist_ok=True)
+        rows = [[span.name, round(span.start, 6), round(span.stop, 6)] for span in spans]
+        self._append(self.timeline_file, {"step": step, "spans": rows})
+
+    def timeline(self, step: int) -> list[Span]:
+        """The spans of one step; empty where none were written."""
+        rows = [row for row in read_rows(self.timeline_file) if row["step"] == step]
+        return [Span(*span) for span in rows[-1]["spans"]] if rows else []
 
     def metrics(self) -> list[dict[str, Any]]:
         """Every line; one torn at the end by a kill is left out."""
@@ -239,10 +251,11 @@ class RunDir:
         return None
 
     def truncate_after(self, step: int) -> None:
-        """Forget the metrics, samples and evaluations of every step after ``step``, and any torn line."""
-        if self.metrics_file.exists():
-            rows = [row for row in self.metrics() if row["step"] <= step]
-            write_atomically(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
+        """Forget the metrics, samples, spans and evaluations of every step after ``step``, and any torn line."""
+        for file in (self.metrics_file, self.timeline_file):
+            if file.exists():
+                rows = [row for row in read_rows(file) if row["step"] <= step]
+                write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
         for path in self.rollouts_dir.glob("*.jsonl"):
             match = _ROWS.match(path.name)
             if match and int(match[1]) > step:
@@ -261,6 +274,14 @@ class RunDir:
         finally:
             fd, self._lock_fd = self._lock_fd, None
             os.close(fd)
+
+    def _append(self, path: Path, row: Mapping[str, Any]) -> None:
+        """Add one line to a file whose last one may be torn."""
+        if path not in self._whole:
+            cut_torn_tail(path)
+            self._whole.add(path)
+        with path.open("ab", buffering=0) as file:
+            file.write((json.dumps(row) + "\n").encode())
 
     def _acquire(self) -> int:
         """File descriptor that holds the lock; the file itself stays, with the holder's process id in it."""

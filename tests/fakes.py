@@ -222,7 +222,9 @@ class Loop:
             sampler=self.sampler,
             learner=self.learner,
             producer=Producer(config, self.sampler, self.rubric, source, (STOP_ID,)),
-            learning=LearningStep(config, self.learner, self.rubric.weights, lambda step: 0.1 * step),
+            learning=LearningStep(
+                config, self.learner, self.rubric.weights, lambda step: 0.1 * step, self.sinks.message
+            ),
             sinks=self.sinks,
             evaluator=evaluator,
             warm_start=(lambda: warm_start(self.learner)) if warm_start else None,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,9 +22,10 @@ Scores = list[float | None]
 class Rubric:
     """A weighted set of reward functions.
 
-    Synchronous functions run one after another in a single worker thread, so they need not be thread-safe and the
-    event loop stays free; asynchronous ones run concurrently. ``None`` means "does not apply": it is left out of the
-    total, the mean and the std. A completion that no function applies to has reward 0, see ``reward/unscored``.
+    Synchronous functions run one after another in a single worker thread, whatever is scored at the same time, so they
+    need not be thread-safe and the event loop stays free; asynchronous ones run concurrently. ``None`` means "does not
+    apply": it is left out of the total, the mean and the std. A completion that no function applies to has reward 0,
+    see ``reward/unscored``.
     """
 
     def __init__(self, functions: Sequence[Callable[..., Any]], weights: Mapping[str, float] | None = None) -> None:
@@ -49,6 +52,7 @@ class Rubric:
         self.weights: dict[str, float] = {
             signature.name: float(overrides.get(signature.name, signature.weight)) for signature in self.signatures
         }
+        self._worker = ThreadPoolExecutor(1, "rewards")
 
     def check(self, columns: Iterable[str]) -> None:
         """Before any model loads: every function's arguments exist among ``columns``, or raise ``RewardError``."""
@@ -70,7 +74,8 @@ class Rubric:
     async def score(
         self, groups: Sequence[tuple[Prompt, Sequence[Completion]]], *, step: int = 0
     ) -> list[RolloutGroup]:
-        """Score every completion of every group, in order. ``step`` is handed to functions that ask for it.
+        """Score every completion of every group, in order. ``step`` is handed to functions that ask for it. The loop
+        scores each group by itself, as soon as it is drawn; calls may overlap.
 
         Raises ``RewardError`` naming the function and the sample for an exception, NaN, an infinity, a wrong number of
         scores or a result that is not a number.
@@ -123,7 +128,9 @@ class Rubric:
             _score_async(signature, samples) for signature in self.signatures if signature.is_async
         ]
         if blocking:
-            jobs.append(asyncio.to_thread(_score_blocking, blocking, samples))
+            run = contextvars.copy_context().run
+            loop = asyncio.get_running_loop()
+            jobs.append(loop.run_in_executor(self._worker, run, _score_blocking, blocking, samples))
         tasks = [asyncio.ensure_future(job) for job in jobs]
         try:
             parts = await asyncio.gather(*tasks)

@@ -6,6 +6,8 @@
 | ``trl`` | once a batch | ``prompts``, ``completions``, ``completion_ids``, columns, each a list | a list of them |
 | ``verifiers`` | once a sample | ``prompt``, ``completion`` (messages), ``state``, ``info``…, columns | number |
 
+A batch is one group, the completions of one prompt: rewards work while other groups are still being sampled.
+
 Chosen in this order:
 
 1. ``style=`` of the decorator.

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
-from posttrain.rl.service.production import Batch
+if TYPE_CHECKING:
+    from posttrain.rl.service.production import Batch
+    from posttrain.rl.service.state import Progress
 
 
 class RolloutBuffer:
     """Finished batches in order, and the gate that holds the producer back."""
 
-    def __init__(self, trained: int, max_staleness: int, pending: Iterable[Batch] = ()) -> None:
-        self._batches = deque(pending)
-        self._trained = trained
-        self._produced = self._batches[-1].step if self._batches else trained
+    def __init__(self, progress: Progress, max_staleness: int) -> None:
+        self._batches = deque(progress.pending)
+        self._trained = progress.step
+        self._produced = self._batches[-1].step if self._batches else progress.step
+        self._cursor = progress.cursor
         self._max_staleness = max_staleness
         self._changed = asyncio.Condition()
 
@@ -28,6 +31,11 @@ class RolloutBuffer:
     def next_step(self) -> int:
         """The step whose batch is to be produced next."""
         return self._produced + 1
+
+    @property
+    def cursor(self) -> dict[str, Any]:
+        """The data cursor after the last batch that was put in."""
+        return self._cursor
 
     def pending(self) -> list[Batch]:
         """Batches produced and not yet taken."""
@@ -42,7 +50,7 @@ class RolloutBuffer:
         """Add the next batch."""
         async with self._changed:
             self._batches.append(batch)
-            self._produced = batch.step
+            self._produced, self._cursor = batch.step, batch.cursor
             self._changed.notify_all()
 
     async def take(self) -> Batch:

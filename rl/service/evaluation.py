@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from posttrain.rl import metrics
 from posttrain.rl.service.production import rollout_metrics, sampling_params
+from posttrain.rl.service.scoring import Draws
+from posttrain.rl.timeline import Timeline
 from posttrain.rl.types import Prompt, RolloutGroup
 
 if TYPE_CHECKING:
@@ -38,22 +40,21 @@ class Evaluator:
         stop_token_ids: tuple[int, ...],
     ) -> None:
         self._config = config
-        self._sampler = sampler
         self._rubric = rubric
         self._prompts = list(prompts[: config.evaluation.max_prompts])
-        self._params = dataclasses.replace(
+        params = dataclasses.replace(
             sampling_params(config, stop_token_ids),
             temperature=config.evaluation.temperature,
             top_p=1.0,
             top_k=0,
             min_p=0.0,
         )
+        self._draws = Draws(sampler, rubric, config.evaluation.samples, params)
 
     async def evaluate(self) -> tuple[dict[str, float], list[RolloutGroup]]:
         """Figures under ``eval/`` and the rollouts behind them."""
         samples = self._config.evaluation.samples
-        completions = await self._sampler.sample(self._prompts, samples, self._params)
-        groups = await self._rubric.score(list(zip(self._prompts, completions, strict=True)))
+        groups = (await self._draws.groups(self._prompts, Timeline())).groups
         figures = {
             key.replace("reward/", "eval/reward/") if key.startswith("reward/") else f"eval/{key}": value
             for key, value in metrics.values({**self._rubric.metrics(groups), **rollout_metrics(groups)}).items()

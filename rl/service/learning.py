@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from posttrain.rl import metrics
 from posttrain.rl.batching import BatchSettings, assign_advantages, plan, with_scores
 from posttrain.rl.metrics import Max, Mean, Metric
+from posttrain.rl.service.micro_batches import MicroBatchBudget
 from posttrain.rl.types import OptimParams
 
 if TYPE_CHECKING:
     from posttrain.rl.config import Config
     from posttrain.rl.service.production import Batch
     from posttrain.rl.service.protocols import Learner
+    from posttrain.rl.timeline import Timeline
     from posttrain.rl.types import TrainBatch
 
 
@@ -26,11 +30,13 @@ class LearningStep:
         learner: Learner,
         reward_weights: dict[str, float],
         learning_rate: Callable[[int], float],
+        warn: Callable[[str], None],
     ) -> None:
         self._config = config
         self._learner = learner
         self._weights = reward_weights
         self._learning_rate = learning_rate
+        self._budget = MicroBatchBudget(learner, config.trainer.micro_batch_tokens, warn)
         trainer, rollout = config.trainer, config.rollout
         self._settings = BatchSettings(
             micro_batch_tokens=trainer.micro_batch_tokens,
@@ -39,7 +45,7 @@ class LearningStep:
             temperature=rollout.temperature,
         )
 
-    async def train(self, batch: Batch, *, policy_version: int, rescore: bool) -> dict[str, Metric]:
+    async def train(self, batch: Batch, timeline: Timeline, *, policy_version: int, rescore: bool) -> dict[str, Metric]:
         """Train on ``batch`` and return the step's metrics; an empty batch changes nothing.
 
         ``rescore`` asks for old logprobs from a pass of their own even where they are the same by construction: the
@@ -50,14 +56,20 @@ class LearningStep:
             assign_advantages(batch.groups, algorithm, self._weights, config.rollout.max_tokens),
             _staleness(batch, policy_version, config.trainer.updates_per_batch * config.trainer.epochs_per_batch),
         ]
-        updates = [update for update in plan(batch.groups, algorithm, self._settings) if update]
+        settings = replace(self._settings, micro_batch_tokens=self._budget.tokens)
+        updates = [update for update in plan(batch.groups, algorithm, settings) if update]
         repeated = config.trainer.epochs_per_batch > 1 or len(updates) > 1
-        updates = [await self._scored(update, old=repeated or rescore) for update in updates]
+        score = partial(self._scored, old=repeated or rescore)
+        with timeline.span("score"):
+            updates = [await self._budget.run(update, score) for update in updates]
         params = self._params(batch.step)
         for _ in range(config.trainer.epochs_per_batch):
             for update in updates:
-                parts.append(await self._learner.forward_backward(update, algorithm))
-                result = await self._learner.optim_step(params)
+                with timeline.span("forward_backward"):
+                    work = partial(self._learner.forward_backward, algorithm=algorithm)
+                    parts.append(await self._budget.run(update, work))
+                with timeline.span("optim_step"):
+                    result = await self._learner.optim_step(params)
                 parts.append({"optim/grad_norm": Mean(result.grad_norm), "optim/grad_norm_max": Max(result.grad_norm)})
         parts.append({"optim/learning_rate": Mean(params.learning_rate)})
         return metrics.merge(parts)

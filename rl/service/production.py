@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from posttrain.rl import metrics
 from posttrain.rl.metrics import Max, Mean, Metric, Std, Sum
+from posttrain.rl.service.scoring import Drawn, Draws
 from posttrain.rl.types import Completion, Prompt, Rollout, RolloutGroup, SamplingParams
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from posttrain.rl.data import PromptSource
     from posttrain.rl.rewards.rubric import Rubric
     from posttrain.rl.service.protocols import Sampler
+    from posttrain.rl.timeline import Timeline
 
 _METRICS: dict[str, type] = {"Mean": Mean, "Sum": Sum, "Max": Max, "Std": Std}
 
@@ -59,40 +60,39 @@ class Producer:
         self, config: Config, sampler: Sampler, rubric: Rubric, source: PromptSource, stop_token_ids: tuple[int, ...]
     ) -> None:
         self._config = config
-        self._sampler = sampler
         self._rubric = rubric
         self._source = source
-        self._params = sampling_params(config, stop_token_ids)
+        self._draws = Draws(sampler, rubric, config.rollout.group_size, sampling_params(config, stop_token_ids))
 
-    async def produce(self, step: int) -> Batch:
-        """Sample and score until the step has its prompts, or the refills are spent."""
+    async def produce(self, step: int, timeline: Timeline, rest: Callable[[], Awaitable[None]]) -> Batch:
+        """Sample and score until the step has its prompts, or the refills are spent.
+
+        ``rest`` is called once, as soon as it is known that the sampler has nothing more to draw for this batch.
+        """
         wanted = self._config.rollout.prompts_per_step
         drop_ties = self._config.algorithm.drops_equal_groups
+        refills = self._config.rollout.max_refills if drop_ties else 0
         kept: list[RolloutGroup] = []
         parts: list[Mapping[str, Metric]] = []
-        for _ in range(1 + self._config.rollout.max_refills):
+        for left in reversed(range(1 + refills)):
             dropped = self._source.dropped
             prompts = self._source.take(wanted - len(kept))
-            groups, part = await self._sample(step, prompts)
-            parts += [part, {"rollout/prompts_too_long": Sum(float(self._source.dropped - dropped))}]
-            kept += [group for group in groups if not (drop_ties and tied(group))]
-            if len(kept) == wanted or not drop_ties:
+            drawn = await self._draws.groups(prompts, timeline, step=step, sampled=None if left else rest)
+            parts += [self._figures(drawn), {"rollout/prompts_too_long": Sum(float(self._source.dropped - dropped))}]
+            kept += [group for group in drawn.groups if not (drop_ties and tied(group))]
+            if left and len(kept) == wanted:
+                await rest()
                 break
         return Batch(step, kept, metrics.merge(parts), self._source.state())
 
-    async def _sample(self, step: int, prompts: list[Prompt]) -> tuple[list[RolloutGroup], dict[str, Metric]]:
-        started = time.perf_counter()
-        completions = await self._sampler.sample(prompts, self._config.rollout.group_size, self._params)
-        sampled = time.perf_counter()
-        groups = await self._rubric.score(list(zip(prompts, completions, strict=True)), step=step)
-        scored = time.perf_counter()
-        figures: dict[str, Metric] = {
-            **self._rubric.metrics(groups),
-            **rollout_metrics(groups),
-            "time/rollout_s": Sum(sampled - started),
-            "time/reward_s": Sum(scored - sampled),
+    def _figures(self, drawn: Drawn) -> dict[str, Metric]:
+        return {
+            **self._rubric.metrics(drawn.groups),
+            **rollout_metrics(drawn.groups),
+            "time/rollout_s": Sum(drawn.rollout_s),
+            "time/reward_s": Sum(drawn.reward_s),
+            "time/reward_busy_s": Sum(drawn.reward_busy_s),
         }
-        return groups, figures
 
 
 def rollout_metrics(groups: list[RolloutGroup]) -> dict[str, Metric]:

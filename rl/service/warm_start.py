@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from posttrain.rl.algorithms import parse
 from posttrain.rl.batching import plan_supervised
+from posttrain.rl.service.micro_batches import MicroBatchBudget
 from posttrain.rl.types import OptimParams
 
 if TYPE_CHECKING:
@@ -28,14 +30,15 @@ async def warm_start(
     cross_entropy = parse("cross_entropy")
     order = random.Random(config.seed)
     params = OptimParams(settings.learning_rate, config.trainer.betas, max_grad_norm=config.trainer.max_grad_norm)
+    budget = MicroBatchBudget(learner, config.trainer.micro_batch_tokens, say)
     deck: list[Example] = []
     losses: list[float] = []
     for step in range(1, settings.steps + 1):
         while len(deck) < settings.batch_size:
             deck += order.sample(list(examples), len(examples))
         drawn, deck = deck[: settings.batch_size], deck[settings.batch_size :]
-        batches = plan_supervised(drawn, config.trainer.micro_batch_tokens, config.rollout.max_tokens)
-        figures = await learner.forward_backward(batches, cross_entropy)
+        batches = plan_supervised(drawn, budget.tokens, config.rollout.max_tokens)
+        figures = await budget.run(batches, partial(learner.forward_backward, algorithm=cross_entropy))
         await learner.optim_step(params)
         losses.append(figures["loss/total"].value())
         if step % max(1, settings.steps // 5) == 0:

@@ -8,6 +8,7 @@ import pytest
 
 from posttrain.rl.service.buffer import RolloutBuffer
 from posttrain.rl.service.production import Batch
+from posttrain.rl.service.state import Progress
 
 
 def batch(step: int) -> Batch:
@@ -29,7 +30,7 @@ async def has_room(buffer: RolloutBuffer, step: int) -> bool:
 @pytest.mark.parametrize("trained", [0, 5])
 @pytest.mark.parametrize("limit", [0, 1, 3])
 async def test_a_batch_may_be_started_when_all_but_limit_of_its_predecessors_are_trained(trained, limit) -> None:
-    buffer = RolloutBuffer(trained, limit)
+    buffer = RolloutBuffer(Progress(trained), limit)
     room = [await has_room(buffer, trained + ahead) for ahead in range(1, 7)]
     assert room == [ahead <= 1 + limit for ahead in range(1, 7)]
     await buffer.mark_trained(trained + 1)
@@ -38,7 +39,7 @@ async def test_a_batch_may_be_started_when_all_but_limit_of_its_predecessors_are
 
 
 async def test_mark_trained_wakes_who_waits() -> None:
-    buffer = RolloutBuffer(0, 0)
+    buffer = RolloutBuffer(Progress(0), 0)
     waiting = asyncio.create_task(buffer.wait_for_room(2))
     await settle()
     assert not waiting.done()
@@ -48,7 +49,7 @@ async def test_mark_trained_wakes_who_waits() -> None:
 
 
 async def test_batches_come_out_in_order_and_are_waited_for() -> None:
-    buffer = RolloutBuffer(0, 3)
+    buffer = RolloutBuffer(Progress(0), 3)
     first = asyncio.create_task(buffer.take())
     await settle()
     assert not first.done()
@@ -58,7 +59,7 @@ async def test_batches_come_out_in_order_and_are_waited_for() -> None:
 
 
 async def test_next_step_follows_what_is_there() -> None:
-    buffer = RolloutBuffer(4, 2)
+    buffer = RolloutBuffer(Progress(4), 2)
     assert buffer.next_step == 5
     await buffer.put(batch(5))
     await buffer.put(batch(6))
@@ -68,7 +69,7 @@ async def test_next_step_follows_what_is_there() -> None:
 
 
 async def test_batches_of_a_checkpoint_come_first() -> None:
-    buffer = RolloutBuffer(4, 1, [batch(5), batch(6)])
+    buffer = RolloutBuffer(Progress(4, pending=[batch(5), batch(6)]), 1)
     assert buffer.next_step == 7
     assert not await has_room(buffer, 7)
     await buffer.mark_trained(5)
@@ -78,14 +79,14 @@ async def test_batches_of_a_checkpoint_come_first() -> None:
 
 async def test_next_step_while_the_last_batch_is_being_trained() -> None:
     """Taken and not yet trained: its step must not be produced a second time."""
-    buffer = RolloutBuffer(4, 1)
+    buffer = RolloutBuffer(Progress(4), 1)
     await buffer.put(batch(5))
     await buffer.take()
     assert buffer.next_step == 6
 
 
 async def test_giving_up_waiting_for_a_batch_loses_none() -> None:
-    buffer = RolloutBuffer(0, 1)
+    buffer = RolloutBuffer(Progress(0), 1)
     waiting = asyncio.create_task(buffer.take())
     await settle()
     waiting.cancel()

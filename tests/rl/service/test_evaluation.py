@@ -77,13 +77,13 @@ async def test_one_sample_has_one_figure() -> None:
 async def test_drawn_at_its_own_temperature_without_truncation(monkeypatch) -> None:
     evaluator, sampler = evaluator_of(temperature=0.3)
     seen = []
-    original = sampler.sample
+    original = sampler.stream
 
-    async def sample(prompts, n, params):
+    def stream(prompts, n, params):
         seen.append((n, params))
-        return await original(prompts, n, params)
+        return original(prompts, n, params)
 
-    monkeypatch.setattr(sampler, "sample", sample)
+    monkeypatch.setattr(sampler, "stream", stream)
     await evaluator.evaluate()
     await evaluator.evaluate()
     (n, params), again = seen

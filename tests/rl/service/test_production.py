@@ -20,6 +20,7 @@ from posttrain.rl.service.production import (
     sampling_params,
     tied,
 )
+from posttrain.rl.timeline import Timeline
 from posttrain.rl.types import RolloutGroup
 from tests.fakes import STOP_ID, FakeSampler, completion, config, encode, group, prompt, questions
 
@@ -43,6 +44,13 @@ def producer_of(settings, reward, rows: int = 7) -> tuple[Producer, FakeSampler,
     return Producer(settings, sampler, Rubric([reward]), source, (STOP_ID, 9)), sampler, source
 
 
+async def produce(producer: Producer, step: int) -> Batch:
+    async def rest() -> None:
+        """The sampler may stay awake here."""
+
+    return await producer.produce(step, Timeline(), rest)
+
+
 def drawn(sampler: FakeSampler) -> list[tuple[str, ...]]:
     return [event[1] for event in sampler.events]
 
@@ -50,7 +58,7 @@ def drawn(sampler: FakeSampler) -> list[tuple[str, ...]]:
 async def test_without_dynamic_sampling_tied_groups_are_trained_on() -> None:
     settings = config(data={"shuffle": False}, prompts_per_step=3)
     producer, sampler, _ = producer_of(settings, tied_on(0, 1, 2))
-    batch = await producer.produce(1)
+    batch = await produce(producer, 1)
     assert drawn(sampler) == [("0-0", "0-1", "0-2")]
     assert [g.prompt.id for g in batch.groups] == ["0-0", "0-1", "0-2"]
 
@@ -58,19 +66,19 @@ async def test_without_dynamic_sampling_tied_groups_are_trained_on() -> None:
 async def test_tied_groups_are_replaced_from_the_rows_that_follow() -> None:
     settings = config(data={"shuffle": False}, prompts_per_step=3, algorithm=DYNAMIC)
     producer, sampler, source = producer_of(settings, tied_on(0, 2, 3, 5))
-    batch = await producer.produce(1)
+    batch = await produce(producer, 1)
     # 0 and 2 are tied, so two more; of 3 and 4 one is tied, so one more; 5 is tied, so one more.
     assert drawn(sampler) == [("0-0", "0-1", "0-2"), ("0-3", "0-4"), ("0-5",), ("0-6",)]
     assert [g.prompt.id for g in batch.groups] == ["0-1", "0-4", "0-6"]
     assert batch.cursor == source.state() and batch.cursor["position"] == 7
-    following = await producer.produce(2)
+    following = await produce(producer, 2)
     assert following.groups[0].prompt.id == "1-1", "the next batch goes on in the next epoch"
 
 
 async def test_figures_cover_what_was_left_out() -> None:
     settings = config(data={"shuffle": False}, prompts_per_step=2, group_size=3, algorithm=DYNAMIC)
     producer, _, _ = producer_of(settings, tied_on(0))
-    batch = await producer.produce(1)
+    batch = await produce(producer, 1)
     values = metrics.values(batch.metrics)
     # Groups: .5 .5 .5 (left out), 0 1 2, 0 1 2.
     assert values["rollout/groups"] == 3
@@ -88,7 +96,7 @@ async def test_figures_cover_what_was_left_out() -> None:
 async def test_refills_are_limited_and_the_step_goes_on_with_fewer(refills: int) -> None:
     settings = config(data={"shuffle": False}, prompts_per_step=2, max_refills=refills, algorithm=DYNAMIC)
     producer, sampler, _ = producer_of(settings, tied_on(1, 2, 3, 4, 5, 6))
-    batch = await producer.produce(1)
+    batch = await produce(producer, 1)
     assert [g.prompt.id for g in batch.groups] == ["0-0"]
     assert drawn(sampler) == [("0-0", "0-1"), *[(f"0-{2 + index}",) for index in range(refills)]]
 
@@ -96,7 +104,7 @@ async def test_refills_are_limited_and_the_step_goes_on_with_fewer(refills: int)
 async def test_prompts_too_long_are_counted_in_the_step_that_met_them() -> None:
     settings = config(data={"shuffle": False}, max_prompt_tokens=2, prompts_per_step=2)
     producer, sampler, _ = producer_of(settings, tied_on(), rows=12)  # q10 and q11 have three tokens
-    counted = [metrics.values((await producer.produce(step)).metrics)["rollout/prompts_too_long"] for step in range(7)]
+    counted = [metrics.values((await produce(producer, step)).metrics)["rollout/prompts_too_long"] for step in range(7)]
     assert counted == [0, 0, 0, 0, 0, 2, 0]
     assert drawn(sampler)[5] == ("1-0", "1-1")
 
@@ -110,7 +118,7 @@ async def test_completions_are_drawn_as_configured() -> None:
 
 async def test_a_batch_knows_its_step_and_its_policy() -> None:
     producer, _, _ = producer_of(config(), tied_on())
-    batch = await producer.produce(17)
+    batch = await produce(producer, 17)
     assert batch.step == 17
     assert {r.completion.policy_version for g in batch.groups for r in g.rollouts} == {4}
 
