@@ -23,7 +23,7 @@ from posttrain.rl.fingerprint import checksums
 from posttrain.rl.metrics import Mean, Metric
 from posttrain.rl.types import Adapter, OptimParams, OptimResult, Publication, Scores, TrainBatch
 from posttrain.trainer import checkpoint, lora
-from posttrain.trainer.model import PackedModel, load_causal_lm, resolve_device
+from posttrain.trainer.model import PackedModel, load_causal_lm, resolve_device, resolve_dtype
 from posttrain.trainer.optim import Optimizer
 from posttrain.trainer.publishing import AdapterBuffer
 from posttrain.trainer.shared_weights import HeldTensor, bind, frozen_tensors, storage_report
@@ -85,11 +85,11 @@ class Trainer:
         self._buffer: AdapterBuffer | None = None
         if shared is not None:
             assert self._peft is not None
-            self._buffer = AdapterBuffer(self._weights, lora.scaling(self._peft), self._causal_lm.dtype)
+            self._buffer = AdapterBuffer(
+                self._weights, lora.scaling(self._peft), resolve_dtype(model.dtype, self.device)
+            )
         self.policy_version = 0
         self.release_memory()
-        if ranks is not None:  # the last thing: the others may take as long to load
-            ranks.connect(self.device)
         if ranks is not None:  # last: a trainer that cannot be built does not leave the others waiting for it
             ranks.connect(self.device)
 
@@ -233,9 +233,8 @@ class Trainer:
         if self._ranks is not None:
             self._ranks.close()
         self._optimizer.close()
-        if self._ranks is not None:
-            self._ranks.close()
         del self._model, self._causal_lm, self._peft, self._weights, self._optimizer, self._mapped, self._buffer
+        gc.collect()
         self.release_memory()
 
     def _within(self, batch: TrainBatch | None, work: Callable[[], Result]) -> Result:
