@@ -80,14 +80,17 @@ def bind(
 
 
 def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every frozen tensor under the adapter, quantization state and buffers included, by its transformers name."""
+    """Every weight under the adapter by its transformers name, with what its quantization needs. Buffers that are
+    computed, not loaded, are left out: some rotary frequencies change with the longest sequence.
+    """
+    loaded = model.state_dict().keys()
     found: dict[str, Tensor] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if ".lora_" in name:
-            continue
-        name = name.replace(".base_layer.", ".")
-        owner, _, leaf = name.rpartition(".")
-        found[f"{owner}.weight.{leaf}" if leaf in ("absmax", "code", "scale") else name] = tensor
+        path, _, leaf = name.rpartition(".")
+        state = isinstance(model.get_submodule(path), QuantizedLinear) and leaf not in ("weight", "bias")
+        if ".lora_" not in name and (state or name in loaded):
+            plain = path.removesuffix(".base_layer")
+            found[f"{plain}.weight.{leaf}" if state else f"{plain}.{leaf}"] = tensor
     return found
 
 

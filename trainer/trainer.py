@@ -85,9 +85,8 @@ class Trainer:
         self._buffer: AdapterBuffer | None = None
         if shared is not None:
             assert self._peft is not None
-            self._buffer = AdapterBuffer(
-                self._weights, lora.scaling(self._peft), resolve_dtype(model.dtype, self.device)
-            )
+            dtype = resolve_dtype(model.dtype, self.device)
+            self._buffer = AdapterBuffer(self._weights, lora.scaling(self._peft), dtype)
         self.policy_version = 0
         self.release_memory()
         if ranks is not None:  # last: a trainer that cannot be built does not leave the others waiting for it
