@@ -64,6 +64,8 @@ __all__ = [
 
 
 DEFAULT_ALGORITHM = "grpo"
+MAX_SLOT_RANK = 512
+"""The largest of vLLM 0.26's ``MaxLoRARanks``."""
 
 
 def _named(key: str) -> BeforeValidator:
@@ -144,6 +146,22 @@ class Config(Section):
             )
         if self.gpus > 1 and self.placement == "embedded":
             raise ValueError(f'gpus = {self.gpus} needs a process for each: use placement = "ray" or leave it out')
+        if self.gpus > 1 and trainer.device == "cpu":
+            raise ValueError(f'gpus = {self.gpus} and trainer.device = "cpu" contradict each other: leave one out')
+        if rollout.kv_cache_gib and rollout.engine == "transformers":
+            raise ValueError(
+                "rollout.kv_cache_gib is vLLM's: the transformers engine takes what rollout.max_sequences need"
+            )
+        if rollout.kv_cache_gib and self.gpu_memory_gib and rollout.kv_cache_gib >= self.gpu_memory_gib:
+            raise ValueError(
+                f"rollout.kv_cache_gib ({rollout.kv_cache_gib:g}) leaves nothing of gpu_memory_gib "
+                f"({self.gpu_memory_gib:g}) for the model: lower it or leave it out"
+            )
+        if rollout.lora_backend == "slots" and trainer.lora.rank > MAX_SLOT_RANK:
+            raise ValueError(
+                f'rollout.lora_backend = "slots" goes up to trainer.lora.rank = {MAX_SLOT_RANK} '
+                f'(got {trainer.lora.rank}): use "dense", which takes any'
+            )
         if self.warm_start and algorithm.needs_reference:
             raise ValueError(
                 "algorithm.kl_coef would pull the warm-started adapter back to the untrained base: "

@@ -147,9 +147,9 @@ def estimate_memory(
         adapter = wide * trainable if size < 4 else 0
     weights = _weights(config, model, size)
     vllm = uses_vllm(config, on_gpu)
-    apart = config.placement == "ray" or (config.placement == "auto" and vllm)
-    if vllm:  # on a GPU the trainer's process maps vLLM's weights
-        twice = not (on_gpu and apart)
+    apart = config.placement == "ray" or config.gpus > 1 or vllm
+    if vllm:
+        twice = not on_gpu  # there the trainer maps vLLM's weights
     else:  # one process shares one copy, except where training overwrites it
         twice = apart or trainer.method == "full"
     sequences = _sequences(config, memory if vllm else None)
@@ -165,7 +165,7 @@ def estimate_memory(
         weights=weights,
         sampler=weights if twice else 0,
         engine=engine_bytes(config, model, memory, sequences) if vllm and memory and on_gpu else 0,
-        runtime=RUNTIME if not apart or (vllm and on_gpu) else 2 * RUNTIME,
+        runtime=2 * RUNTIME if apart and not (vllm and on_gpu) else RUNTIME,
         adapter=adapter,
         gradients=wide * trainable,
         optimizer=2 * trainable * (1 if trainer.optimizer == "adamw_8bit" else wide),

@@ -19,6 +19,7 @@ class Process:
 
     pid: int
     name: str
+    """Of its program; empty where the driver does not tell."""
     used: int | None
 
 
@@ -63,16 +64,12 @@ def gpus() -> list[Gpu]:
 
     Asking the driver's own tool costs no CUDA context, half a gibibyte of the memory that is being counted.
     """
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return []
     fields = "index,uuid,name,memory.total,memory.free,compute_cap,driver_version"
-    command = [tool, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
+    answer = _ask_driver(f"--query-gpu={fields}")
+    if not answer:
         return []
-    found = dict(_gpu(line) for line in answer.splitlines() if line.count(",") >= 6)
+    holders = _processes()
+    found = dict(_gpu(line, holders) for line in answer if line.count(",") >= 6)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return list(found.values())
@@ -85,11 +82,34 @@ def gpus() -> list[Gpu]:
     return chosen
 
 
-def _gpu(line: str) -> tuple[str, Gpu]:
+def _ask_driver(query: str) -> list[str]:
+    """Lines of the driver's answer; none without a driver."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    command = [tool, query, "--format=csv,noheader,nounits"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return []
+
+
+def _gpu(line: str, holders: dict[str, list[Process]]) -> tuple[str, Gpu]:
     index, uuid, name, total, free, capability, driver = (part.strip() for part in line.split(",", 6))
     major, _, minor = capability.partition(".")
     known = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
-    return uuid, Gpu(int(index), name, _mib(total), _mib(free), known, driver)
+    return uuid, Gpu(int(index), name, _mib(total), _mib(free), known, driver, tuple(holders.get(uuid, ())))
+
+
+def _processes() -> dict[str, list[Process]]:
+    """GPU → the processes that hold its memory, the largest first. Other containers' have no names."""
+    found: dict[str, list[Process]] = {}
+    for line in _ask_driver("--query-compute-apps=gpu_uuid,pid,used_memory,process_name"):
+        parts = [part.strip() for part in line.split(",", 3)]
+        if len(parts) == 4 and parts[1].isdigit():
+            name = "" if parts[3].startswith("[") else parts[3].rpartition("/")[2]
+            found.setdefault(parts[0], []).append(Process(int(parts[1]), name, _mib(parts[2])))
+    return {uuid: sorted(holders, key=lambda process: -(process.used or 0)) for uuid, holders in found.items()}
 
 
 def _mib(text: str) -> int | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from posttrain.rl import machine
-from posttrain.rl.errors import ConfigError
+from posttrain.rl.errors import ConfigError, EngineError
 from posttrain.rl.footprint import MemoryEstimate, estimate_memory, uses_vllm
 from posttrain.rl.machine import GIB, Memory, gib
 
@@ -18,6 +18,9 @@ __all__ = ["Memory", "MemoryEstimate", "MemorySplit", "available", "budget", "ch
 
 SHARE = 95
 """Percent of what is free that a run takes unless told; the rest is for fragments, and for what others start."""
+
+FP8_SINCE = (8, 9)
+"""Compute capability whose tensor cores multiply float8 (Ada)."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -106,10 +109,23 @@ def check_fits(config: Config, memory: Memory | None = None, *, longest_prompt: 
     """
     memory = memory or available(config.trainer.device, config.gpus)
     vllm = uses_vllm(config, memory is not None and memory.kind == "cuda")
+    if vllm and memory is not None:
+        _check_format(config, memory)
     needed = estimate_memory(config, memory, longest_prompt=None if vllm else longest_prompt)
     if memory is not None and not needed.least <= budget(config, memory) <= memory.free:
         raise ConfigError(_refusal(config, needed, memory))
     return needed
+
+
+def _check_format(config: Config, memory: Memory) -> None:
+    """Before Ada vLLM keeps fp8 weights in a form that only its own kernel reads; our trainer's runs anywhere."""
+    if config.model.quantization == "fp8" and memory.capability is not None and memory.capability < FP8_SINCE:
+        raise EngineError(
+            'model.quantization = "fp8" with vLLM needs compute capability {}.{}, {} has {}.{}: '.format(
+                *FP8_SINCE, memory.name, *memory.capability
+            )
+            + 'use "nf4", or rollout.engine = "transformers"'
+        )
 
 
 def _refusal(config: Config, needed: MemoryEstimate, memory: Memory) -> str:
@@ -136,7 +152,7 @@ def _busy(config: Config, needed: MemoryEstimate, memory: Memory) -> str:
         wants = f"this run needs at least {needed.least / GIB:.1f} ({needed.parts(least=True)})"
         remedy = "stop it, or lower its gpu_memory_gib"
     holders = [
-        f"process {process.pid} {process.name} holds " + (gib(process.used) if process.used else "some of it")
+        f"process {process.pid} {process.name}".rstrip() + f" holds {gib(process.used) if process.used else 'some'}"
         for process in memory.processes
     ]
     return (
