@@ -180,6 +180,10 @@ class FakeLearner(_Fake):
         await self._call("load")
         self.version, self.weight = json.loads((folder / "learner.json").read_text())
 
+    async def release_memory(self) -> None:
+        await self._call("release_memory")
+        self.events.append(("release", self.version))
+
     async def memory(self) -> Mapping[str, float]:
         await self._call("memory")
         return {"peak_memory_gib": 1.0}

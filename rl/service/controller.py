@@ -118,9 +118,10 @@ class Controller:
                 await self._buffer.put(await self._parts.producer.produce(step, self._timeline, self._rest))
 
     async def _wake(self) -> None:
-        """The sampler's turn."""
+        """The sampler's turn; memory that the trainer only keeps in reserve goes back first."""
         if self._asleep:
             with self._timeline.span("wake"):
+                await self._parts.learner.release_memory()
                 await self._parts.sampler.wake()
             self._asleep = False
 

@@ -86,6 +86,10 @@ class LearnerGroup:
         """See ``Learner``. Every member reads ``folder``: on several machines it lies where all of them see it."""
         await _all(member.load(folder) for member in self.members)
 
+    async def release_memory(self) -> None:
+        """See ``Learner``."""
+        await _all(member.release_memory() for member in self.members)
+
     async def memory(self) -> Mapping[str, float]:
         """See ``Learner``: of each figure the largest."""
         parts = await _all(member.memory() for member in self.members)

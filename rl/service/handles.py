@@ -121,6 +121,10 @@ class LearnerHandle:
         """See ``Learner``."""
         await self._call("load", folder)
 
+    async def release_memory(self) -> None:
+        """See ``Learner``."""
+        await self._call("release_memory")
+
     async def memory(self) -> Mapping[str, float]:
         """See ``Learner``."""
         return await self._call("memory")

@@ -107,6 +107,10 @@ class Learner(Protocol):
         """Undo everything since the matching ``save``."""
         ...
 
+    async def release_memory(self) -> None:
+        """Give memory that is only kept in reserve back to the GPU, for the sampler to wake into."""
+        ...
+
     async def memory(self) -> Mapping[str, float]:
         """Peak memory since the last call, ``{"peak_memory_gib": …}``."""
         ...
