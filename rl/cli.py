@@ -106,11 +106,7 @@ def doctor(
         else:
             examination.show(report)
         if loaded is not None:
-            from posttrain.rl import memory
-
-            memory.check_fits(loaded)
-            worst = memory.estimate_memory(loaded, memory.available(loaded.trainer.device))
-            typer.echo(f"fits; with every prompt and completion at its limit: {worst.describe()}", err=as_json)
+            typer.echo(examination.fit(loaded), err=as_json)
 
 
 def main() -> None:

@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain import __version__
 from posttrain.rl import machine
+from posttrain.rl.footprint import estimate_memory, uses_vllm
 from posttrain.rl.machine import GIB, Gpu
+from posttrain.rl.memory import available, check_fits, split
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from posttrain.rl.config import Config
 
 CORE = ("torch", "triton", "transformers", "peft", "accelerate", "datasets", "ray")
 EXTRAS = {
@@ -56,6 +60,8 @@ class Report:
     torch_cuda: str | None
     """CUDA version that torch was built for; ``None`` for a CPU build, or where torch does not import."""
     torch_error: str | None
+    weight_sharing: str | None
+    """Why vLLM and the trainer cannot share one copy of the weights here; ``None``: they can."""
     advice: tuple[str, ...]
     """What to do next, the most useful first."""
 
@@ -81,6 +87,7 @@ def examine() -> Report:
         omp_num_threads=threads,
         torch_cuda=torch_cuda,
         torch_error=torch_error,
+        weight_sharing=_no_sharing(packages, gpus),
         advice=tuple(advise(packages, gpus, torch_cuda=torch_cuda, torch_error=torch_error, threads=threads)),
     )
 
@@ -116,6 +123,15 @@ def advise(
     return steps
 
 
+def fit(config: Config) -> str:
+    """How the memory of this machine is divided for ``config``; raises ``PosttrainError`` where it does not fit."""
+    memory = available(config.trainer.device, config.gpus)
+    if memory is not None and memory.kind == "cuda" and uses_vllm(config, on_gpu=True):
+        return f"fits: {split(config, memory).describe()}"
+    check_fits(config, memory)
+    return f"fits; with every prompt and completion at its limit: {estimate_memory(config, memory).describe()}"
+
+
 def as_tree(report: Report) -> dict[str, Any]:
     """Plain dict for JSON."""
     tree = asdict(report)
@@ -140,15 +156,27 @@ def show(report: Report, console: Console | None = None) -> None:
     console.print(table)
     for gpu in report.gpus:
         console.print(_gpu_line(gpu), markup=False)
+        for process in gpu.processes:
+            console.print(f"  {process.describe()}", markup=False)
     if not report.gpus:
         console.print("no GPU: sampling and training run on the CPU", markup=False)
     elif report.torch_cuda:
         console.print(f"torch is built for CUDA {report.torch_cuda}", markup=False)
+    if report.gpus:
+        sharing = f"no: {report.weight_sharing}" if report.weight_sharing else "yes"
+        console.print(f"one copy of the weights for vLLM and the trainer: {sharing}", markup=False)
     console.print(_cpu_line(report), markup=False)
     for step in report.advice:
         console.print(f"→ {step}", markup=False)
     if not report.advice:
         console.print("nothing to do: everything this machine can use is installed", markup=False)
+
+
+def _no_sharing(packages: list[Package], gpus: list[Gpu]) -> str | None:
+    installed = {package.name for package in packages if package.version is not None}
+    if not gpus:
+        return "there is no GPU"
+    return machine.no_weight_sharing() if "vllm" in installed else "vLLM is not installed"
 
 
 def _gpu_line(gpu: Gpu) -> str:

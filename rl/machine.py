@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -21,6 +22,11 @@ class Process:
     name: str
     """Of its program; empty where the driver does not tell."""
     used: int | None
+
+    def describe(self) -> str:
+        """Who holds how much."""
+        who = f"process {self.pid} {self.name}".rstrip()
+        return f"{who} holds {gib(self.used)}" if self.used is not None else f"{who} holds some of it"
 
 
 @dataclass(slots=True, frozen=True)
@@ -119,6 +125,16 @@ def _mib(text: str) -> int | None:
 def gib(size: int) -> str:
     """A size for people."""
     return f"{size / GIB:,.2f} GiB" if size >= GIB // 100 else f"{size / MIB:.2f} MiB"
+
+
+def no_weight_sharing() -> str | None:
+    """Why two processes of this machine cannot hold the same GPU memory, and what to do; ``None``: they can."""
+    if platform.system() != "Linux" or "microsoft" in platform.release().lower():
+        return "CUDA IPC needs Linux, and not WSL: use rollout.engine = transformers"
+    for variable in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        if "expandable_segments:true" in os.environ.get(variable, "").lower():
+            return f"{variable} asks for expandable_segments, which vLLM's sleep mode excludes: leave it out"
+    return None
 
 
 def cpus() -> int:

@@ -109,22 +109,25 @@ def check_fits(config: Config, memory: Memory | None = None, *, longest_prompt: 
     """
     memory = memory or available(config.trainer.device, config.gpus)
     vllm = uses_vllm(config, memory is not None and memory.kind == "cuda")
-    if vllm and memory is not None:
-        _check_format(config, memory)
+    if vllm and memory is not None and memory.kind == "cuda":
+        _check_shareable(config, memory)
     needed = estimate_memory(config, memory, longest_prompt=None if vllm else longest_prompt)
     if memory is not None and not needed.least <= budget(config, memory) <= memory.free:
         raise ConfigError(_refusal(config, needed, memory))
     return needed
 
 
-def _check_format(config: Config, memory: Memory) -> None:
-    """Before Ada vLLM keeps fp8 weights in a form that only its own kernel reads; our trainer's runs anywhere."""
-    if config.model.quantization == "fp8" and memory.capability is not None and memory.capability < FP8_SINCE:
+def _check_shareable(config: Config, memory: Memory) -> None:
+    """Whether the trainer can use vLLM's weights. Before Ada vLLM keeps fp8 ones in a form that only its own kernel
+    reads.
+    """
+    if (problem := machine.no_weight_sharing()) is not None:
+        raise EngineError(f"the trainer cannot map vLLM's weights: {problem}")
+    known = memory.capability
+    if config.model.quantization == "fp8" and known is not None and known < FP8_SINCE:
         raise EngineError(
-            'model.quantization = "fp8" with vLLM needs compute capability {}.{}, {} has {}.{}: '.format(
-                *FP8_SINCE, memory.name, *memory.capability
-            )
-            + 'use "nf4", or rollout.engine = "transformers"'
+            'model.quantization = "fp8" with vLLM needs compute capability {}.{}, '.format(*FP8_SINCE)
+            + '{} has {}.{}: use "nf4", or rollout.engine = "transformers"'.format(memory.name, *known)
         )
 
 
@@ -151,13 +154,10 @@ def _busy(config: Config, needed: MemoryEstimate, memory: Memory) -> str:
     else:
         wants = f"this run needs at least {needed.least / GIB:.1f} ({needed.parts(least=True)})"
         remedy = "stop it, or lower its gpu_memory_gib"
-    holders = [
-        f"process {process.pid} {process.name}".rstrip() + f" holds {gib(process.used) if process.used else 'some'}"
-        for process in memory.processes
-    ]
+    holders = ", ".join(process.describe() for process in memory.processes)
     return (
         f"GPU {memory.index} ({memory.name}): {memory.free / GIB:.1f} of {memory.total / GIB:.1f} GiB free, {wants}: "
-        f"{', '.join(holders) or 'another process holds the rest'}; {remedy}"
+        f"{holders or 'another process holds the rest'}; {remedy}"
     )
 
 
