@@ -4,7 +4,7 @@
 
 Runs the notebook's code cells in order, in one process with a running event loop, as a kernel does. Without ``--model``
 they get random weights in the shape of Qwen3-0.6B and a character tokenizer; without ``--data`` a few sums in GSM8K's
-form. The notebook's ``gpu_memory_gib`` bounds vLLM's KV cache and, through torch's limit for a process, the trainer; the
+form. The notebook's ``gpu_memory_gib`` bounds the KV cache and, by torch's limit for a process, the trainer; the
 driver's figure for the whole GPU is watched beside it: what the run adds must stay below 15 GiB, or the exit status is
 1.
 """
@@ -16,6 +16,7 @@ import asyncio
 import json
 import os
 import random
+import subprocess
 import sys
 import tempfile
 import threading
@@ -135,13 +136,8 @@ def main() -> None:
 
 def _in_child(folder: Path, shape: str) -> Path:
     """Write random weights in a process of its own, which takes its CUDA context with it."""
-    import subprocess
-
-    script = "import sys; from pathlib import Path; from random_checkpoint import write; "
-    script += "import torch; write(Path(sys.argv[1]), sys.argv[2], torch.float16)"
-    command = [sys.executable, "-c", script, str(folder), shape]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    subprocess.run(command, check=True, env=environment)
+    script = Path(__file__).with_name("random_checkpoint.py")
+    subprocess.run([sys.executable, str(script), str(folder), shape, "--dtype", "float16"], check=True)
     return folder
 
 

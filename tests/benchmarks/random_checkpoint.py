@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import string
 from pathlib import Path
 from typing import Any
@@ -34,26 +35,43 @@ def _qwen3(hidden: int, layers: int, heads: int, kv_heads: int, inner: int, **ch
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-4b": _qwen3(2560, 36, 32, 8, 9728),
     "qwen3-0.6b": _qwen3(1024, 28, 16, 8, 3072),
-    "tiny": _qwen3(64, 2, 2, 1, 128, head_dim=32, vocab_size=128, initializer_range=0.2),
+    "tiny": _qwen3(64, 2, 2, 1, 128, head_dim=32, vocab_size=256, initializer_range=0.15),
 }
 """Qwen3's published sizes, and one for a CPU."""
 
 
 def write(folder: Path, shape: str, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Write the checkpoint unless it is there: weights drawn on the GPU if there is one, a token a printable character
-    and a chat template. Ids beyond the tokenizer stand for padding of the vocabulary: they are never sampled.
+    """Write the checkpoint unless it is there: weights drawn on the GPU if there is one, a tokenizer with a token a
+    character that fills the whole vocabulary (samplers never draw ids beyond it), and a chat template.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if (folder / "tokenizer_config.json").exists():
         return folder
-    tokenizer = character_tokenizer(string.printable)
+    fields = SHAPES[shape]
+    tokenizer = character_tokenizer(_characters(fields["vocab_size"] - 2))
     tokenizer.chat_template = TEMPLATE
+    assert len(tokenizer) == fields["vocab_size"]
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    config = AutoConfig.for_model("qwen3", **{**special, **SHAPES[shape]})
+    config = AutoConfig.for_model("qwen3", **{**special, **fields})
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def _characters(count: int) -> str:
+    """The printable ones, then others as far as needed, from a plane without surrogates."""
+    rest = (chr(0x20000 + index) for index in range(count - len(string.printable)))
+    return string.printable + "".join(rest)
+
+
+if __name__ == "__main__":  # a process of its own takes its CUDA context with it
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("shape", choices=list(SHAPES))
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    options = parser.parse_args()
+    print(write(options.folder, options.shape, getattr(torch, options.dtype)))
