@@ -62,7 +62,7 @@ def available(device: str = "auto", gpus: int = 1) -> Memory | None:
     found = machine.gpus() if device != "cpu" else []
     if device == "cuda" and not found:
         raise ConfigError('trainer.device = "cuda", but no GPU is visible: set it to "cpu", or see posttrain doctor')
-    if gpus > 1 and len(found) < gpus and "RAY_ADDRESS" not in os.environ:  # a cluster's GPUs are elsewhere
+    if found and len(found) < gpus and "RAY_ADDRESS" not in os.environ:  # a cluster's GPUs are elsewhere
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         cause = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
         raise ConfigError(f"gpus = {gpus}, but this machine shows {len(found)}{cause}: lower gpus")

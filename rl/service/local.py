@@ -1,32 +1,43 @@
-"""A ``Caller`` in this process: the object works on a thread of its own, so that sampler and trainer can overlap."""
+"""A ``Host`` in this process: the object works on a thread of its own, so that sampler and trainer can overlap."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
+
+
+class Threads:
+    """``Hosts`` in this process."""
+
+    address = "127.0.0.1"
+
+    def __init__(self, cpu_threads: int) -> None:
+        self._cpu_threads = cpu_threads
+
+    def spawn(self, name: str, pair: int, imports: Sequence[str]) -> ThreadCaller:
+        """See ``Hosts``; here everything is imported already, or soon."""
+        return ThreadCaller(name, self._cpu_threads)
 
 
 class ThreadCaller:
     """Owns an object (anything with ``close``) that was built, and is called, on one thread of its own."""
 
     def __init__(self, name: str, cpu_threads: int) -> None:
+        self.name = name
         self._target: Any = None
         self._executor = ThreadPoolExecutor(1, name, initializer=partial(_set_threads, cpu_threads))
         self._open = True
 
-    @classmethod
-    async def build(cls, name: str, cpu_threads: int, make: Callable[[], Any]) -> ThreadCaller:
-        """Call ``make`` on the new thread; loading a model takes long, and Ctrl-C must be heard meanwhile."""
-        caller = cls(name, cpu_threads)
-        try:
-            caller._target = await asyncio.get_running_loop().run_in_executor(caller._executor, make)
-        except BaseException:
-            caller._executor.shutdown(wait=False)
-            raise
-        return caller
+    async def make(self, make: Callable[[], Any]) -> None:
+        """See ``Host``: on the thread, since loading a model takes long and Ctrl-C must be heard meanwhile."""
+        self._target = await asyncio.get_running_loop().run_in_executor(self._executor, make)
+
+    async def alive(self) -> bool:
+        """A thread does not die."""
+        return True
 
     async def __call__(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """See ``Caller``."""
@@ -54,7 +65,8 @@ class ThreadCaller:
         """See ``Caller``; waits for the call in flight."""
         if self._open:
             self._open = False
-            await self("close")
+            if self._target is not None:
+                await self("close")
             self._executor.shutdown()
 
 

@@ -1,124 +1,187 @@
-"""Where the sampler and the trainer live: both in this process around one copy of the base, or in two Ray actors."""
+"""Where the sampler and the trainer live: both in this process around one copy of the base, or in two Ray actors a GPU.
+
+Where vLLM samples on a GPU, its engine owns the base weights and the trainer maps them: the engine comes first.
+"""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-from collections.abc import AsyncIterator, Awaitable
-from contextlib import AsyncExitStack, asynccontextmanager
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from posttrain.rl.errors import EngineError
+from posttrain.rl.errors import ActorDied, OutOfMemory
+from posttrain.rl.service.blueprint import Blueprint
+from posttrain.rl.service.groups import LearnerGroup, SamplerGroup
 from posttrain.rl.service.handles import LearnerHandle, SamplerHandle
 
 if TYPE_CHECKING:
     from posttrain.rl.config import Config
-    from posttrain.rl.service.handles import Caller
+    from posttrain.rl.service.protocols import Learner, Sampler
+    from posttrain.trainer.distributed import Rendezvous
 
-SMALL_MODEL_BYTES = 200_000_000
-"""Below this a second CPU thread costs more than it brings."""
+T = TypeVar("T")
 
-
-def engine_name(config: Config) -> str:
-    """The engine that ``rollout.engine`` stands for on this machine; raises where it cannot run."""
-    import torch
-
-    installed = importlib.util.find_spec("vllm") is not None
-    wanted = config.rollout.engine
-    if wanted == "vllm" and not installed:
-        raise EngineError('rollout.engine = "vllm" needs vLLM: pip install "posttrain[vllm]", or use "transformers"')
-    adapter = config.trainer.method == "lora"
-    if wanted == "vllm" and not adapter:
-        raise EngineError(
-            'rollout.engine = "vllm" takes LoRA adapters only: use trainer.method = "lora" or '
-            'rollout.engine = "transformers"'
-        )
-    if wanted == "auto":
-        on_gpu = torch.cuda.is_available() and config.trainer.device != "cpu"
-        return "vllm" if installed and on_gpu and adapter else "transformers"
-    return wanted
+TRAINER_IMPORTS = ("torch", "transformers", "peft", "posttrain.trainer.trainer")
+"""What a trainer's process imports while the engine starts."""
 
 
-def check_installed(config: Config) -> None:
-    """Before anything loads: raise ``EngineError`` where the engine or the optimizer cannot run on this machine."""
-    engine_name(config)
-    if config.trainer.optimizer == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
-        raise EngineError(
-            'trainer.optimizer = "adamw_8bit" needs bitsandbytes: pip install "posttrain[bnb]", or use "adamw"'
-        )
+class Host(Protocol):
+    """Somewhere an object can be built and called: a thread, or a Ray actor."""
+
+    name: str
+
+    async def __call__(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """See ``Caller``."""
+        ...
+
+    def stream(self, method: str, *args: Any) -> AsyncIterator[Any]:
+        """See ``Caller``."""
+        ...
+
+    async def make(self, make: Callable[[], Any]) -> None:
+        """Build the object."""
+        ...
+
+    async def alive(self) -> bool:
+        """Whether it still answers; waits for the call in flight."""
+        ...
+
+    async def close(self) -> None:
+        """See ``Caller``; what it ran on is gone afterwards."""
+        ...
 
 
-def cpu_threads(config: Config, source: str) -> int:
-    """Threads for each of sampler and trainer on a CPU."""
-    if config.trainer.cpu_threads:
-        return config.trainer.cpu_threads
-    weights = sum(file.stat().st_size for file in Path(source).glob("*.safetensors"))
-    if 0 < weights < SMALL_MODEL_BYTES:
-        return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // 2) if config.rollout.max_staleness else cores
+class Hosts(Protocol):
+    """Where hosts come from."""
+
+    address: str
+    """Of this machine, as the hosts reach it."""
+
+    def spawn(self, name: str, pair: int, imports: Sequence[str]) -> Host:
+        """Start a host for one object of a pair; it imports what it is going to need."""
+        ...
+
+
+class Placement:
+    """A sampler and a trainer for each GPU, and how they are brought back."""
+
+    sampler: Sampler
+    """All samplers as one; another one after ``recover``."""
+    learner: Learner
+    """As ``sampler``."""
+
+    def __init__(self, blueprint: Blueprint, hosts: Hosts) -> None:
+        self._blueprint = blueprint
+        self._hosts = hosts
+        self._samplers: dict[int, Host] = {}
+        self._trainers: dict[int, Host] = {}
+        self._rendezvous: Rendezvous | None = None
+
+    async def start(self) -> None:
+        """Build every trainer, and the engines that are not there."""
+        pairs = range(self._blueprint.config.gpus)
+        missing = [pair for pair in pairs if pair not in self._samplers]
+        self._samplers |= {pair: self._hosts.spawn(self._name("sampler", pair), pair, ()) for pair in missing}
+        self._trainers = {pair: self._hosts.spawn(self._name("trainer", pair), pair, TRAINER_IMPORTS) for pair in pairs}
+        self._meet(len(pairs))
+        if self._blueprint.trainer_lends:
+            await _each(self._make_trainer, pairs)
+            await _each(self._make_sampler, missing)
+        else:
+            await _each(self._make_sampler, missing)
+            await _each(self._make_trainer, pairs)
+        samplers = [SamplerHandle(self._samplers[pair]) for pair in pairs]
+        learners = [LearnerHandle(self._trainers[pair]) for pair in pairs]
+        if len(pairs) > 1:
+            self.sampler = SamplerGroup(samplers, self._blueprint.room.sequences)
+            self.learner = LearnerGroup(learners)
+        else:
+            self.sampler, self.learner = samplers[0], learners[0]
+
+    async def recover(self, error: ActorDied | OutOfMemory) -> None:
+        """Rebuild what ``error`` has made useless; engines that live keep the base weights they have loaded.
+
+        Trainers always start anew, all of them: they depend on one another, and on the weights of their engines. When
+        a sampler ran out of memory, all engines start anew with half the room.
+        """
+        lost = set(self._samplers)
+        if isinstance(error, OutOfMemory):
+            self._blueprint = self._blueprint.halved()
+        elif not self._blueprint.trainer_lends:
+            lost = {pair for pair, host in self._samplers.items() if not await _serves(host, error)}
+        await _each(Host.close, self._trainers.values())
+        await _each(Host.close, [self._samplers.pop(pair) for pair in lost])
+        await self.start()
+
+    def remedy(self, error: ActorDied | OutOfMemory) -> str:
+        """What ``recover`` is going to do."""
+        if isinstance(error, OutOfMemory):
+            before, after = self._blueprint.room, self._blueprint.room.halved()
+            return f"sampler and trainer start again, with {after.describe()} in place of {before.describe()}"
+        if error.actor.startswith("trainer") and not self._blueprint.trainer_lends:
+            return "the trainer starts again beside the sampler that lives"
+        return "sampler and trainer start again"
+
+    async def close(self) -> None:
+        """Close everything; trainers first, since they may hold the engines' weights."""
+        await _each(Host.close, self._trainers.values())
+        await _each(Host.close, self._samplers.values())
+
+    def _meet(self, count: int) -> None:
+        """Where several trainers find each other; a group that starts again needs another place."""
+        if count > 1:
+            from posttrain.trainer.distributed import Rendezvous
+
+            self._rendezvous = Rendezvous(count, self._hosts.address)
+
+    async def _make_sampler(self, pair: int) -> None:
+        base = await self._trainers[pair]("base_weights") if self._blueprint.trainer_lends else None
+        await self._samplers[pair].make(self._blueprint.make_sampler(base))
+
+    async def _make_trainer(self, pair: int) -> None:
+        shared = await self._samplers[pair]("export_weights") if self._blueprint.engine_lends else None
+        ranks = self._rendezvous.ranks[pair] if self._rendezvous else None
+        await self._trainers[pair].make(self._blueprint.make_trainer(shared, ranks))
+
+    def _name(self, what: str, pair: int) -> str:
+        return what if self._blueprint.config.gpus == 1 else f"{what} {pair}"
+
+
+async def _serves(sampler: Host, error: ActorDied) -> bool:
+    """Whether an engine is still of use after ``error``."""
+    return sampler.name != error.actor and await sampler.alive()
+
+
+async def _each(call: Callable[[T], Awaitable[None]], of: Iterable[T]) -> None:
+    """For all at once; when all have ended the first failure is raised."""
+    for outcome in await asyncio.gather(*map(call, of), return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            raise outcome
 
 
 @asynccontextmanager
-async def place(config: Config, source: str) -> AsyncIterator[tuple[SamplerHandle, LearnerHandle]]:
+async def place(config: Config, source: str) -> AsyncIterator[Placement]:
     """Start sampler and trainer as ``config.placement`` says; both are closed on leaving, whatever happened."""
-    name = engine_name(config)
-    async with AsyncExitStack() as stack:
-        if config.placement == "ray" or (config.placement == "auto" and name == "vllm"):
-            sampler, learner = await _actors(config, source, stack)
-        else:
-            sampler, learner = await _embedded(config, source, stack)
-        yield SamplerHandle(sampler), LearnerHandle(learner)
+    blueprint = Blueprint.of(config, source)
+    with _hosts(blueprint) as hosts:
+        placement = Placement(blueprint, hosts)
+        try:
+            await placement.start()
+            yield placement
+        finally:
+            await placement.close()
 
 
-async def _embedded(config: Config, source: str, stack: AsyncExitStack) -> tuple[Caller, Caller]:
-    """Both in this process; a LoRA run on the transformers engine holds the base weights once."""
-    from posttrain.rl.service.local import ThreadCaller
-    from posttrain.trainer.trainer import Trainer
+@contextmanager
+def _hosts(blueprint: Blueprint) -> Iterator[Hosts]:
+    """Actors on the pair's GPU, or threads of this process."""
+    if blueprint.in_actors:
+        from posttrain.rl.service.actors import Actors
 
-    threads = cpu_threads(config, source)
-    make_engine = _engine(config, source)
-    make_trainer = partial(Trainer, source, config.model, config.trainer, seed=config.seed)
-    if engine_name(config) == "vllm":  # first, alone: it measures the GPU's free memory
-        sampler = await _closing(stack, ThreadCaller.build("sampler", threads, make_engine))
-        return sampler, await _closing(stack, ThreadCaller.build("trainer", threads, make_trainer))
-    learner = await _closing(stack, ThreadCaller.build("trainer", threads, make_trainer))
-    shared = await learner("base_weights") if config.trainer.method == "lora" else None
-    make_engine = partial(make_engine, base_weights=shared)
-    return await _closing(stack, ThreadCaller.build("sampler", threads, make_engine)), learner
+        with Actors(blueprint.config.gpus, gpu=blueprint.gpu, cpu_threads=blueprint.threads).reserved() as actors:
+            yield actors
+    else:
+        from posttrain.rl.service.local import Threads
 
-
-async def _actors(config: Config, source: str, stack: AsyncExitStack) -> tuple[Caller, Caller]:
-    """Two Ray actors, half a GPU each where there is one; the engine is up before the trainer starts."""
-    import torch
-
-    from posttrain.rl.service.actors import ActorCaller, Resources, ray_session
-    from posttrain.trainer.trainer import Trainer
-
-    stack.enter_context(ray_session())
-    gpu = 0.5 if torch.cuda.is_available() and config.trainer.device != "cpu" else 0.0
-    resources = Resources(cpu_threads(config, source), gpu)
-    sampler = await _closing(stack, ActorCaller.build("sampler", resources, _engine(config, source)))
-    make_trainer = partial(Trainer, source, config.model, config.trainer, seed=config.seed)
-    return sampler, await _closing(stack, ActorCaller.build("trainer", resources, make_trainer))
-
-
-async def _closing(stack: AsyncExitStack, building: Awaitable[Caller]) -> Caller:
-    """Wait for a caller, and close it when the stack unwinds."""
-    caller = await building
-    stack.push_async_callback(caller.close)
-    return caller
-
-
-def _engine(config: Config, source: str) -> partial[Any]:
-    """What makes the rollout engine."""
-    rollout = config.rollout.model_copy(update={"max_model_len": config.max_model_len})
-    if engine_name(config) == "vllm":
-        from posttrain.rollout.vllm_engine import VllmEngine
-
-        return partial(VllmEngine, source, config.model, rollout, lora_rank=config.trainer.lora.rank)
-    from posttrain.rollout.transformers_engine import TransformersEngine
-
-    return partial(TransformersEngine, source, config.model, rollout, device=config.trainer.device)
+        yield Threads(blueprint.threads)

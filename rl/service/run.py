@@ -14,12 +14,13 @@ from posttrain.rl.data import PromptSource, make_prompts
 from posttrain.rl.errors import ConfigError, PosttrainError
 from posttrain.rl.run_dir import RunDir
 from posttrain.rl.service import inputs, state
+from posttrain.rl.service.blueprint import check_installed
 from posttrain.rl.service.controller import Controller, Parts
 from posttrain.rl.service.evaluation import Evaluator
 from posttrain.rl.service.inputs import Given, Inputs
 from posttrain.rl.service.interrupts import Stops, run_to_end
 from posttrain.rl.service.learning import LearningStep
-from posttrain.rl.service.placement import check_installed, place
+from posttrain.rl.service.placement import place
 from posttrain.rl.service.production import Producer
 from posttrain.rl.service.random_model import materialize
 from posttrain.rl.service.warm_start import warm_start
@@ -141,7 +142,8 @@ async def _train(config: Config, run: RunDir, gathered: Inputs, source: str, res
         prompts.restore(progress.cursor)
     sinks = open_sinks(config.logging, run, config.steps, first_step=progress.step)
     try:
-        async with place(config, source) as (sampler, learner):
+        async with place(config, source) as placement:
+            sampler, learner = placement.sampler, placement.learner
             if progress.resumed:
                 await learner.load(run.checkpoint_dir(progress.step))
             if resume:  # only now is it known that what was changed fits the checkpoint
@@ -157,6 +159,7 @@ async def _train(config: Config, run: RunDir, gathered: Inputs, source: str, res
                     learner,
                     gathered.rubric.weights,
                     lambda step: learning_rate_at(step - 1, config.steps, config.trainer),
+                    sinks.message,
                 ),
                 sinks=sinks,
                 evaluator=_evaluator(config, gathered, encoder, sampler),
@@ -216,9 +219,9 @@ async def _evaluate(
     config: Config, gathered: Inputs, source: str, checkpoint: Path | None, stops: Stops
 ) -> dict[str, float]:
     encoder = _encoder(config, source)
-    async with place(config, source) as (sampler, learner):
+    async with place(config, source) as placement:
         if checkpoint is not None:
-            await learner.load(checkpoint)
-        await publish(learner, sampler)
-        figures, _ = await _make_evaluator(config, gathered, encoder, sampler).evaluate()
+            await placement.learner.load(checkpoint)
+        await publish(placement.learner, placement.sampler)
+        figures, _ = await _make_evaluator(config, gathered, encoder, placement.sampler).evaluate()
     return figures

@@ -11,13 +11,11 @@ import pytest
 import ray
 
 from posttrain import rl
-from posttrain.rl.errors import CheckpointError, ConfigError, EngineError
-from posttrain.rl.service.actors import ActorCaller, Resources, ray_session
+from posttrain.rl.errors import ActorDied, CheckpointError, ConfigError
+from posttrain.rl.service.actors import ActorCaller, Actors
 from tests.e2e.forks import wait_until
 
 from .tiny_runs import ROWS, reproducible, settings, spread
-
-RESOURCES = Resources(cpu_threads=1, gpu_share=0.0)
 
 
 class Target:
@@ -55,13 +53,19 @@ class Target:
 def session():
     """One Ray for the tests of this file that do not start their own."""
     assert not ray.is_initialized()
-    with ray_session():
-        yield
+    with Actors(1, gpu=False, cpu_threads=3).reserved() as actors:
+        yield actors
     assert not ray.is_initialized()
 
 
+async def build(actors: Actors, name: str, make) -> ActorCaller:
+    caller = actors.spawn(name, 0, ())
+    await caller.make(make)
+    return caller
+
+
 async def test_calls_reach_one_object_in_another_process(session) -> None:
-    caller = await ActorCaller.build("sampler", Resources(3, 0.0), Target)
+    caller = await build(session, "sampler", Target)
     assert [await caller("count", 2), await caller("count", 5, times=2)] == [2, 12]
     pid, threads = await caller("place")
     assert pid != os.getpid() and threads == "3"
@@ -70,7 +74,7 @@ async def test_calls_reach_one_object_in_another_process(session) -> None:
 
 
 async def test_our_exceptions_arrive_as_themselves(session) -> None:
-    caller = await ActorCaller.build("trainer", RESOURCES, Target)
+    caller = await build(session, "trainer", Target)
     with pytest.raises(CheckpointError) as caught:
         await caller("fail_ours")
     assert type(caught.value) is CheckpointError
@@ -83,12 +87,12 @@ async def test_our_exceptions_arrive_as_themselves(session) -> None:
 
 async def test_so_do_those_of_a_constructor(session) -> None:
     with pytest.raises(ConfigError) as caught:
-        await ActorCaller.build("trainer", RESOURCES, partial(Target, fail=True))
+        await build(session, "trainer", partial(Target, fail=True))
     assert type(caught.value) is ConfigError and str(caught.value) == "no such model: set model.name"
 
 
 async def test_closing_closes_the_object_then_ends_the_process(session, tmp_path) -> None:
-    caller = await ActorCaller.build("trainer", RESOURCES, partial(Target, closing=tmp_path / "closed"))
+    caller = await build(session, "trainer", partial(Target, closing=tmp_path / "closed"))
     pid, _ = await caller("place")
     await caller.close()
     assert (tmp_path / "closed").read_text() == "1"
@@ -100,17 +104,18 @@ def _is_zombie(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
 
 
-async def test_a_process_that_dies_is_an_error_that_names_the_remedy(session) -> None:
-    caller = await ActorCaller.build("trainer", RESOURCES, Target)
+async def test_a_process_that_dies_is_named(session) -> None:
+    caller = await build(session, "trainer", Target)
     await caller("count", 1)
     for method in ("die", "count"):
-        with pytest.raises(EngineError, match=r"the trainer's process died .*posttrain train --resume RUN"):
+        with pytest.raises(ActorDied, match="the trainer's process died") as caught:
             await caller(method, *([1] if method == "count" else []))
+        assert caught.value.actor == "trainer"
     await caller.close()
 
 
 async def test_a_ray_that_was_there_is_left_running(session) -> None:
-    with ray_session():
+    with Actors(1, gpu=False, cpu_threads=1).reserved():
         pass
     assert ray.is_initialized()
 
@@ -118,33 +123,6 @@ async def test_a_ray_that_was_there_is_left_running(session) -> None:
 def train(folder, **changes) -> rl.RunResult:
     changes = {"dataset": ROWS, "rewards": [spread], "output_dir": str(folder), **changes}
     return rl.train(**settings(**changes))
-
-
-def test_a_trainer_killed_in_mid_run(session, tmp_path, monkeypatch) -> None:
-    """The reward of the third batch kills the trainer's process; the run, resumed, has the figures of a whole one."""
-    seen, callers, build = 0, {}, ActorCaller.build
-
-    async def recorded(name, resources, make):
-        callers[name] = await build(name, resources, make)
-        return callers[name]
-
-    def deadly(completion: str) -> float:
-        nonlocal seen
-        seen += 1
-        if seen == 3 * 8:
-            os.kill(ray.get(callers["trainer"]._actor.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
-        return spread(completion)
-
-    monkeypatch.setattr(ActorCaller, "build", recorded)
-    changes = {"placement": "ray", "steps": 4, "checkpoint": {"every": 1}, "run_name": "run"}
-    with pytest.raises(EngineError, match=r"the trainer's process died .*resume the run from its last checkpoint"):
-        train(tmp_path, rewards=[deadly], **changes)
-    seen = -1000
-    resumed = rl.train(resume=tmp_path / "run", placement="embedded", dataset=ROWS, rewards=[deadly])
-    whole = train(tmp_path, steps=4)
-    for key in ("reward/mean", "loss/total", "optim/grad_norm", "policy/kl_sampler"):
-        assert [row[key] for row in resumed.metrics] == [row[key] for row in whole.metrics]
-    assert ray.is_initialized(), "it was there before"
 
 
 def test_a_run_in_actors_equals_the_embedded_one_and_stops_the_ray_it_started(tmp_path) -> None:

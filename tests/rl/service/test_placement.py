@@ -11,9 +11,10 @@ import torch
 from posttrain.rl.batching import BatchSettings, plan
 from posttrain.rl.config import from_settings
 from posttrain.rl.errors import EngineError
-from posttrain.rl.service import placement
+from posttrain.rl.service import blueprint
+from posttrain.rl.service.blueprint import check_installed, cpu_threads, engine_name
 from posttrain.rl.service.local import ThreadCaller
-from posttrain.rl.service.placement import cpu_threads, engine_name, place
+from posttrain.rl.service.placement import place
 from posttrain.rl.service.random_model import materialize
 from posttrain.rl.service.weight_sync import publish
 from posttrain.rl.types import OptimParams, Prompt, Rollout, RolloutGroup, SamplingParams
@@ -37,7 +38,8 @@ def target(handle):
 
 
 async def test_embedded_sampler_and_trainer_share_the_base_weights(source) -> None:
-    async with place(from_settings(**settings()), source) as (sampler, learner):
+    async with place(from_settings(**settings()), source) as placement:
+        sampler, learner = placement.sampler, placement.learner
         await publish(learner, sampler)
         base = target(learner).base_weights()
         held = {name.replace(".base_layer", ""): w for name, w in target(sampler).model.named_parameters()}
@@ -50,7 +52,8 @@ async def test_embedded_sampler_and_trainer_share_the_base_weights(source) -> No
 
 
 async def test_full_fine_tuning_samples_from_a_copy(source) -> None:
-    async with place(from_settings(**settings(method="full")), source) as (sampler, learner):
+    async with place(from_settings(**settings(method="full")), source) as placement:
+        sampler, learner = placement.sampler, placement.learner
         await publish(learner, sampler)
         held = dict(target(sampler).model.named_parameters())
         trained = target(learner)._weights
@@ -64,7 +67,8 @@ async def test_sampler_and_trainer_agree_on_every_token(source, method) -> None:
     """fp32: at most 1e-4 apart, before and after updates that change the policy visibly."""
     config = from_settings(**settings(method=method, temperature=0.8, dtype="float32"))
     batch_settings = BatchSettings(micro_batch_tokens=50, updates=1, max_tokens=12, temperature=0.8)
-    async with place(config, source) as (sampler, learner):
+    async with place(config, source) as placement:
+        sampler, learner = placement.sampler, placement.learner
         previous = None
         for _ in range(3):
             await publish(learner, sampler)
@@ -87,7 +91,8 @@ async def test_sampler_and_trainer_agree_on_every_token(source, method) -> None:
 
 async def test_closed_on_leaving_and_after_a_failure(source) -> None:
     with pytest.raises(RuntimeError, match="mine"):
-        async with place(from_settings(**settings()), source) as (sampler, learner):
+        async with place(from_settings(**settings()), source) as placement:
+            sampler, learner = placement.sampler, placement.learner
             engine, trainer = target(sampler), target(learner)
             raise RuntimeError("mine")
     assert not hasattr(engine, "_model") and not hasattr(trainer, "_model")
@@ -106,7 +111,7 @@ def test_a_small_model_gets_one_thread(source) -> None:
 def test_a_large_model_gets_every_core_or_half_where_both_work_at_once(
     source, monkeypatch, max_staleness, expected
 ) -> None:
-    monkeypatch.setattr(placement, "SMALL_MODEL_BYTES", 10)
+    monkeypatch.setattr(blueprint, "SMALL_MODEL_BYTES", 10)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
     assert cpu_threads(from_settings(**settings(max_staleness=max_staleness)), source) == expected
 
@@ -129,7 +134,9 @@ async def test_each_thread_computes_with_its_own_count() -> None:
         def close(self) -> None:
             pass
 
-    one, three = [await ThreadCaller.build(name, count, Counts) for name, count in (("one", 1), ("three", 3))]
+    one, three = ThreadCaller("one", 1), ThreadCaller("three", 3)
+    await one.make(Counts)
+    await three.make(Counts)
     assert [await one("threads"), await three("threads"), await one("threads")] == [1, 3, 1]
     await one.close()
     await three.close()
@@ -144,7 +151,8 @@ async def test_a_thread_raises_here_what_was_raised_there() -> None:
         def close(self) -> None:
             pass
 
-    caller = await ThreadCaller.build("fails", 1, Fails)
+    caller = ThreadCaller("fails", 1)
+    await caller.make(Fails)
     with pytest.raises(EngineError, match="out of memory"):
         await caller("go")
     await caller.close()
@@ -154,8 +162,10 @@ async def test_building_fails_here_as_it_failed_there() -> None:
     def fails() -> None:
         raise EngineError("no memory for the weights")
 
+    caller = ThreadCaller("fails", 1)
     with pytest.raises(EngineError, match="no memory for the weights"):
-        await ThreadCaller.build("fails", 1, fails)
+        await caller.make(fails)
+    await caller.close()
 
 
 async def test_where_the_second_cannot_be_built_the_first_is_closed(source, monkeypatch) -> None:
@@ -190,19 +200,19 @@ async def test_where_the_second_cannot_be_built_the_first_is_closed(source, monk
     ],
 )
 def test_engine_for_this_machine(monkeypatch, wanted, installed, gpu, device, expected) -> None:
-    monkeypatch.setattr(placement.importlib.util, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(blueprint.importlib.util, "find_spec", lambda name: object() if installed else None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     assert engine_name(from_settings(**settings(engine=wanted, device=device))) == expected
 
 
 def test_vllm_that_is_not_installed(monkeypatch) -> None:
-    monkeypatch.setattr(placement.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(blueprint.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EngineError, match=r'needs vLLM: pip install "posttrain\[vllm\]", or use "transformers"'):
         engine_name(from_settings(**settings(engine="vllm")))
 
 
 def test_vllm_takes_adapters_only(monkeypatch) -> None:
-    monkeypatch.setattr(placement.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(blueprint.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(EngineError, match=r'takes LoRA adapters only: use trainer\.method = "lora"'):
         engine_name(from_settings(**settings(engine="vllm", method="full")))
@@ -213,7 +223,8 @@ def test_vllm_takes_adapters_only(monkeypatch) -> None:
 
 
 async def test_weights_that_differ_in_one_bit_are_noticed(source, monkeypatch) -> None:
-    async with place(from_settings(**settings()), source) as (sampler, learner):
+    async with place(from_settings(**settings()), source) as placement:
+        sampler, learner = placement.sampler, placement.learner
         published = await publish(learner, sampler)
         assert published.policy_version == 0
         load = target(sampler).load_adapter
@@ -230,10 +241,10 @@ async def test_weights_that_differ_in_one_bit_are_noticed(source, monkeypatch) -
 
 
 def test_an_optimizer_that_is_not_installed_is_refused_before_anything_loads(monkeypatch):
-    found = placement.importlib.util.find_spec
+    found = blueprint.importlib.util.find_spec
     monkeypatch.setattr(
-        placement.importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name)
+        blueprint.importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name)
     )
-    placement.check_installed(from_settings(**settings(optimizer="adamw")))
+    check_installed(from_settings(**settings(optimizer="adamw")))
     with pytest.raises(EngineError, match=r"adamw_8bit.*posttrain\[bnb\]"):
-        placement.check_installed(from_settings(**settings(optimizer="adamw_8bit")))
+        check_installed(from_settings(**settings(optimizer="adamw_8bit")))

@@ -188,9 +188,9 @@ def test_no_such_run(tmp_path) -> None:
     ],
 )
 def test_refused_without_a_run_folder(tmp_path, monkeypatch, changes, message) -> None:
-    import posttrain.rl.service.placement as placement
+    import posttrain.rl.service.blueprint as blueprint
 
-    monkeypatch.setattr(placement.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(blueprint.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(rl.PosttrainError, match=message):
         train(tmp_path / "runs", **changes)
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
