@@ -2,36 +2,49 @@
 
 from __future__ import annotations
 
-import json
+import gc
+import itertools
+import logging
 import math
 import os
-import tempfile
+import pickle
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from posttrain.rl.errors import EngineError
-from posttrain.rl.fingerprint import fingerprint
-from posttrain.rl.machine import dtype_name
-from posttrain.rl.types import Adapter, Completion, Prompt, Publication, SamplingParams, SharedAdapter
+from posttrain.rl.errors import EngineError, OutOfMemory
+from posttrain.rl.fingerprint import checksum, fingerprint
+from posttrain.rl.types import (
+    Adapter,
+    Completion,
+    Prompt,
+    Publication,
+    SamplingParams,
+    SharedAdapter,
+    SharedTensor,
+    SharedWeights,
+)
 from posttrain.rollout.engine import request_seed
 from posttrain.rollout.transformers_engine import vocabulary_size
+from posttrain.rollout.vllm_api import Vllm, memory_errors
+from posttrain.rollout.vllm_arguments import Architecture, Start, allowed_rank
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from posttrain.rl.config import ModelConfig, RolloutConfig
 
-_WORKER_EXTENSION = "posttrain.rollout.vllm_worker.WorkerExtension"
+_log = logging.getLogger(__name__)
 _FINISH_REASONS = {"stop": "stop", "length": "length", "abort": "abort"}
 
 
 class VllmEngine:
-    """``Engine`` over ``vllm.LLM``. Start it before the trainer takes GPU memory: vLLM measures what is free."""
+    """``Engine`` over vLLM. Start it before the trainer takes GPU memory."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the last ones are by name and optional
         self,
         source: str | Path,
         model: ModelConfig,
@@ -48,178 +61,121 @@ class VllmEngine:
 
         ``lora_targets``: as ``trainer.lora.target_modules``. ``kv_cache_bytes``: memory of the KV cache; without it
         vLLM takes what its own default leaves. ``sequences``: how many a step samples; no more are decoded at once.
-        ``in_process``: run vLLM's engine core in this process instead of one of its own.
-        ``engine_args`` are handed to ``vllm.LLM`` as they are and win over ours (``worker_cls``, ``quantization``, …).
+        ``in_process``: run vLLM's engine core in this process instead of one of its own. ``engine_args`` are handed to
+        ``vllm.EngineArgs`` as they are and win over ours.
         """
-        # Read when the engine is built, not when vLLM is imported.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process else "1"
-        try:
-            import vllm
-            from vllm.lora.request import LoRARequest
-            from vllm.platforms import current_platform
-        except ImportError as error:
-            raise EngineError(
-                f"rollout.engine = 'vllm' cannot import vLLM ({error}): pip install 'posttrain[vllm]'"
-            ) from None
         from transformers import AutoTokenizer
 
-        self._sampling_params, self._lora_request = vllm.SamplingParams, LoRARequest
-        self._on_gpu = not current_platform.is_cpu()
-        self._source, self._lora_rank = str(source), lora_rank
-        self._kv_cache_bytes, self._sequences = kv_cache_bytes, sequences
+        begin = time.perf_counter()
+        # vLLM reads it in several places; its own argument reaches only one of them.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process else "1"
+        # A forked engine hangs in its first parallel loop where this process has run one: OpenMP survives no fork.
+        os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+        self._vllm = Vllm()
+        imported = time.perf_counter()
+        self._source, self._in_process = str(source), in_process
         tokenizer_source = model.tokenizer or self._source
-        revision = model.revision if tokenizer_source == self._source else None
         self._tokenizer = AutoTokenizer.from_pretrained(
             tokenizer_source,
             trust_remote_code=model.trust_remote_code,
-            **({"revision": revision} if revision else {}),
+            **({"revision": model.revision} if model.revision and tokenizer_source == self._source else {}),
         )
-        # vLLM's own question to the driver: torch would open a CUDA context in this process.
-        capability = current_platform.get_device_capability() if self._on_gpu else None
-        self._dtype = getattr(torch, dtype_name(model.dtype, tuple(capability) if capability else None))
-        if self._dtype == torch.float64:
-            raise EngineError('vLLM has no float64: use model.dtype = "float32" or rollout.engine = "transformers"')
-        self._request: Any = None
-        self._lora_id = 0
+        architecture = Architecture.of(self._source, model)
+        self._shapes = architecture.shapes
+        self._start = Start(
+            self._source,
+            model,
+            rollout,
+            self._vllm.dtype(model),
+            self._vllm.on_gpu,
+            architecture,
+            lora_rank,
+            architecture.targets(lora_targets) if lora_rank is not None else {},
+            kv_cache_bytes,
+            sequences,
+        )
+        self._start.refuse_busy_gpu()
         self._policy_version = 0
-        self._sleeping: set[str] = set()
-        # A forked engine hangs in its first parallel loop where this process has run one: OpenMP survives no fork.
-        os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+        self._serial = itertools.count()
+        self._asleep = False
+        self._decoder = ThreadPoolExecutor(1, thread_name_prefix="detokenize")
+        ready = time.perf_counter()
+        args = self._start.arguments()
+        self._lora_request = None
+        if self._start.lora_backend == "slots" and lora_rank is not None:
+            args["max_lora_rank"] = allowed_rank(lora_rank, self._vllm.slot_ranks())
+            self._lora_request = self._vllm.slot_request()
         try:
-            self._llm: Any = vllm.LLM(**{**self._default_args(model, rollout), **(engine_args or {})})
+            with memory_errors():
+                self._engine: Any = self._vllm.engine({**args, **(engine_args or {})}, multiprocess=not in_process)
+                phases = self._rpc("posttrain_start", vocabulary_size(self._tokenizer))
         except (ValueError, RuntimeError) as error:
             raise EngineError(f"vLLM did not start on {self._source}: {error}") from error
-        self._rpc("posttrain_die_with_parent")
-        self._rpc("posttrain_bound_vocabulary", vocabulary_size(self._tokenizer))
+        phases = {"import": imported - begin, "tokenizer and shapes": ready - imported, **phases}
+        total = time.perf_counter() - begin
+        _log.info("vLLM started in %.1f s: %s", total, ", ".join(f"{name} {s:.1f}" for name, s in phases.items()))
+
+    # -- sampling -----------------------------------------------------------------------------------------------------
 
     def generate(self, prompts: Sequence[Prompt], n: int, params: SamplingParams) -> list[list[Completion]]:
         """See ``Engine.generate``. All requests are handed to vLLM at once; it batches and queues them."""
-        if self._sleeping:
+        drawn = dict(self.stream(prompts, n, params))
+        return [drawn[index] for index in range(len(prompts))]
+
+    def stream(
+        self, prompts: Sequence[Prompt], n: int, params: SamplingParams
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """See ``Engine.stream``. Leaving it early, for whatever reason, ends the samples that are not drawn yet."""
+        if self._asleep:
             raise EngineError("the engine is asleep: call wake() before generate()")
-        limit = self._llm.model_config.max_model_len
+        limit = self._engine.model_config.max_model_len
         for prompt in prompts:
             if not 0 < len(prompt.prompt_ids) < limit:
                 raise EngineError(
                     f"prompt {prompt.id} has {len(prompt.prompt_ids)} tokens, the engine takes 1 to {limit - 1}: "
                     "lower data.max_prompt_tokens or raise rollout.max_model_len"
                 )
-        outputs = self._llm.generate(
-            [{"prompt_token_ids": list(prompt.prompt_ids)} for prompt in prompts for _ in range(n)],
-            [self._params(params, request_seed(params.seed, prompt.id, i)) for prompt in prompts for i in range(n)],
-            lora_request=self._request,
-            use_tqdm=False,
+        pending: dict[str, tuple[int, int]] = {}
+        drawn: dict[int, dict[int, Any]] = {index: {} for index in range(len(prompts))}
+        decoding: list[tuple[int, Future[list[Completion]]]] = []
+        try:
+            with memory_errors():
+                for index, prompt in enumerate(prompts):
+                    for sample in range(n):
+                        pending[self._add(prompt, params, request_seed(params.seed, prompt.id, sample))] = index, sample
+            while pending:
+                with memory_errors():
+                    outputs = [output for output in self._engine.step() if output.finished]
+                for output in outputs:
+                    index, sample = pending.pop(output.request_id)
+                    drawn[index][sample] = output.outputs[0]
+                    if len(drawn[index]) == n:
+                        done = drawn.pop(index)
+                        group = [done[sample] for sample in range(n)]
+                        decoding.append((index, self._decoder.submit(self._completions, group)))
+                while decoding and (decoding[0][1].done() or not pending):
+                    index, group_of = decoding.pop(0)
+                    yield index, group_of.result()
+        finally:
+            if pending:
+                self._engine.abort_request(list(pending))
+            self._drain()
+
+    def _add(self, prompt: Prompt, params: SamplingParams, seed: int) -> str:
+        """Queue one sample; the name it has in vLLM's answers."""
+        name = str(next(self._serial))
+        self._engine.add_request(
+            name,
+            self._vllm.tokens_input(list(prompt.prompt_ids)),
+            self._params(params, seed),
+            lora_request=self._lora_request,
         )
-        completions = [self._completion(output.outputs[0]) for output in outputs]
-        return [completions[start : start + n] for start in range(0, len(completions), n)]
-
-    def stream(
-        self, prompts: Sequence[Prompt], n: int, params: SamplingParams
-    ) -> Iterator[tuple[int, list[Completion]]]:
-        """See ``Engine.stream``."""
-        yield from enumerate(self.generate(prompts, n, params))
-
-    def load_adapter(self, adapter: Publication) -> str:
-        """See ``Engine.load_adapter``. Each tensor is read back from the worker and compared; the old version goes."""
-        if isinstance(adapter, SharedAdapter) or adapter.kind != "lora" or self._lora_rank is None:
-            raise EngineError(
-                "this vLLM engine takes LoRA adapters only, and only when started with their rank: "
-                'use trainer.method = "lora" or rollout.engine = "transformers"'
-            )
-        if "weights" in self._sleeping:  # the adapter's slots sleep with the weights
-            self._llm.wake_up(tags=["weights"])
-            self._sleeping.discard("weights")
-        rank, tensors = self._scaled(adapter)
-        # A new id and a new name each time: under the same name vLLM serves stale prefix-cache blocks (vllm#42125).
-        self._lora_id += 1
-        previous = self._request
-        with tempfile.TemporaryDirectory(prefix="posttrain-adapter-", dir=_memory_folder()) as folder:
-            _write_peft(Path(folder), adapter, rank, tensors)
-            request = self._lora_request(f"policy-{self._lora_id}", self._lora_id, folder)
-            try:
-                self._llm.llm_engine.add_lora(request)
-                self._check_held(rank, tensors)
-            except Exception as error:
-                self._llm.llm_engine.remove_lora(self._lora_id)
-                if isinstance(error, EngineError):
-                    raise
-                raise EngineError(f"vLLM does not take the adapter: {error}") from error
-        if previous is not None:
-            self._llm.llm_engine.remove_lora(previous.lora_int_id)
-        if not self._llm.reset_prefix_cache():
-            raise EngineError(
-                "vLLM did not clear its prefix cache: load an adapter only while nothing is being sampled"
-            )
-        self._request, self._policy_version = request, adapter.policy_version
-        return fingerprint(adapter.tensors)
-
-    def sleep(self) -> None:
-        """Give back the GPU memory of cache and weights (kept in host memory); a CPU build has nothing to give back."""
-        if self._on_gpu and not self._sleeping:
-            self._llm.sleep(level=1)
-        self._sleeping = {"weights", "kv_cache"}
-
-    def wake(self) -> None:
-        """Undo ``sleep``."""
-        if self._on_gpu and self._sleeping:
-            self._llm.wake_up(tags=sorted(self._sleeping))
-        self._sleeping = set()
-
-    def close(self) -> None:
-        """Stop the engine's process; safe to call twice."""
-        if (llm := getattr(self, "_llm", None)) is not None:
-            self._llm = None
-            llm.llm_engine.engine_core.shutdown()
-
-    # -- internals ----------------------------------------------------------------------------------------------------
-
-    def _default_args(self, model: ModelConfig, rollout: RolloutConfig) -> dict[str, Any]:
-        """Arguments of ``vllm.LLM``."""
-        from transformers import AutoConfig
-
-        args: dict[str, Any] = {
-            "model": self._source,
-            "revision": model.revision,
-            "trust_remote_code": model.trust_remote_code,
-            "dtype": str(self._dtype).removeprefix("torch."),
-            "skip_tokenizer_init": True,
-            "logprobs_mode": "processed_logprobs",
-            "enforce_eager": rollout.enforce_eager,
-            "worker_extension_cls": _WORKER_EXTENSION,
-        }
-        options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-        architecture = AutoConfig.from_pretrained(self._source, **options)
-        if rollout.max_model_len is not None:
-            longest = getattr(architecture.get_text_config(), "max_position_embeddings", None)
-            args["max_model_len"] = min(rollout.max_model_len, longest or rollout.max_model_len)
-        if self._on_gpu:
-            args["enable_sleep_mode"] = True
-        if self._kv_cache_bytes is not None:
-            args["kv_cache_memory_bytes"] = self._kv_cache_bytes
-        if self._sequences is not None:
-            args["max_num_seqs"] = self._sequences
-        if self._lora_rank is not None:
-            # Two in host memory, one in use: the version in use survives until the next one has been checked.
-            args |= {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 2, "max_lora_rank": self._allowed_rank()}
-            # Left to itself vLLM gives the head a slot too: vocabulary times rank for nothing, and 0.26 cannot start
-            # with it where the vocabulary is no multiple of 64.
-            args["lora_target_modules"] = _linear_layers(architecture, model.trust_remote_code)
-        return args
-
-    def _allowed_rank(self) -> int:
-        """Smallest rank on vLLM's list that holds the adapter's."""
-        from vllm.config.lora import MaxLoRARanks
-
-        assert self._lora_rank is not None
-        allowed = sorted(get_args(MaxLoRARanks))
-        for rank in allowed:
-            if rank >= self._lora_rank:
-                return int(rank)
-        raise EngineError(f"trainer.lora.rank = {self._lora_rank} is above vLLM's largest, {allowed[-1]}")
+        return name
 
     def _params(self, params: SamplingParams, seed: int) -> Any:
         """``ignore_eos``: only ``stop_token_ids`` stop a row, as in every engine of ours."""
         try:
-            return self._sampling_params(
+            return self._vllm.SamplingParams(
                 max_tokens=params.max_tokens,
                 temperature=params.temperature,
                 top_p=params.top_p,
@@ -229,17 +185,24 @@ class VllmEngine:
                 ignore_eos=True,
                 seed=seed,
                 logprobs=0,
+                flat_logprobs=True,
                 detokenize=False,
+                output_kind=self._vllm.FINAL_ONLY,
             )
         except ValueError as error:
             raise EngineError(f"vLLM refuses the sampling parameters: {error}") from None
+
+    def _completions(self, outputs: Sequence[Any]) -> list[Completion]:
+        """One prompt's samples; runs beside vLLM's next step."""
+        return [self._completion(output) for output in outputs]
 
     def _completion(self, output: Any) -> Completion:
         ids = tuple(output.token_ids)
         reason = _FINISH_REASONS.get(output.finish_reason)
         if reason is None:
             raise EngineError(f"vLLM ended a completion with {output.finish_reason!r}: see its log")
-        logprobs = tuple(float(step[token].logprob) for step, token in zip(output.logprobs, ids, strict=True))
+        logprobs = tuple(map(float, output.logprobs.logprobs))
+        assert tuple(output.logprobs.token_ids) == ids, "vLLM reports logprobs of other tokens than it drew"
         if not all(map(math.isfinite, logprobs)):
             raise EngineError("the model gave logits that are not finite: the weights or the adapter are broken")
         visible = ids[:-1] if reason == "stop" else ids
@@ -251,71 +214,93 @@ class VllmEngine:
             policy_version=self._policy_version,
         )
 
-    def _scaled(self, adapter: Adapter) -> tuple[int, dict[str, Tensor]]:
-        """Rank, and the tensors as vLLM is to hold them: in its type, alpha/rank folded into B by one rounding."""
+    # -- weights ------------------------------------------------------------------------------------------------------
+
+    def export_weights(self) -> SharedWeights:
+        """Handles to the frozen weights for a trainer on the same GPU, in another process; nothing is copied."""
+        shapes = {name: list(shape) for name, shape in self._shapes.items()}
+        return pickle.loads(self._rpc("posttrain_export_weights", shapes))
+
+    def load_adapter(self, adapter: Publication) -> str:
+        """See ``Engine.load_adapter``. It is written over the last one, read back from the worker and compared."""
+        if self._start.lora_rank is None or (isinstance(adapter, Adapter) and adapter.kind != "lora"):
+            raise EngineError(
+                "this vLLM engine takes LoRA adapters only, and only when started with their rank: "
+                'use trainer.method = "lora" or rollout.engine = "transformers"'
+            )
+        sent = adapter if isinstance(adapter, SharedAdapter) else self._packed(adapter)
+        held = self._rpc("posttrain_load_adapter", pickle.dumps(sent))
+        # Blocks computed under the last adapter; they are dropped even where something went wrong half-way.
+        if not self._engine.reset_prefix_cache():
+            raise EngineError(
+                "vLLM did not clear its prefix cache: load an adapter only while nothing is being sampled"
+            )
+        if held != sent.fingerprint:
+            raise EngineError(
+                f"vLLM holds another adapter than it was given (version {adapter.policy_version}: given "
+                f"{sent.fingerprint}, held {held})"
+            )
+        self._policy_version = adapter.policy_version
+        return held if isinstance(adapter, SharedAdapter) else fingerprint(adapter.tensors)
+
+    def _packed(self, adapter: Adapter) -> SharedAdapter:
+        """As the engine is to hold it: end to end, in its type, alpha/rank folded into B by one rounding."""
         config = adapter.config
         odd = [key for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora") if config.get(key)]
         if odd:
             raise EngineError(f"vLLM cannot hold an adapter with {', '.join(odd)}: use plain LoRA")
         rank = int(config["r"])
-        assert self._lora_rank is not None
-        if rank > self._allowed_rank():
-            raise EngineError(f"the adapter has rank {rank}, the engine was started for {self._lora_rank}")
         scaling = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        return rank, {
-            name: (tensor.float() * (scaling if ".lora_B." in name else 1.0)).to("cpu", self._dtype).contiguous()
-            for name, tensor in adapter.tensors.items()
-        }
-
-    def _check_held(self, rank: int, tensors: Mapping[str, Tensor]) -> None:
-        """Compare what the worker holds, tensor by tensor: vLLM drops modules it cannot match without a word."""
-        held = self._rpc("posttrain_lora_fingerprints", self._lora_id, rank, sorted(tensors))
-        wrong = [name for name in sorted(tensors) if held.get(name) != fingerprint({name: tensors[name]})]
-        modules = {name.rpartition(".lora_")[0].removeprefix("base_model.model.") for name in tensors}
-        endings = {module.rpartition(".")[2] for module in modules}
-        pairs = {f"base_model.model.{module}.lora_{side}.weight" for module in modules for side in "AB"}
-        available = {name for name in self._rpc("posttrain_lora_modules") if name.rpartition(".")[2] in endings}
-        wrong += sorted(pairs - tensors.keys())
-        if not wrong and len(modules) < len(available):
-            wrong = sorted(available - modules)
-        if wrong:
-            raise EngineError(
-                f"vLLM does not hold the adapter as given: {', '.join(wrong[:3])}"
-                f"{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''} missing or different"
+        layout, flat, start = [], [], 0
+        for name, tensor in adapter.tensors.items():
+            layout.append((name, start, tuple(tensor.shape)))
+            flat.append(
+                (tensor.float() * (scaling if ".lora_B." in name else 1.0)).to("cpu", self._start.dtype).view(-1)
             )
+            start += tensor.numel()
+        buffer = torch.cat(flat)
+        return SharedAdapter(adapter.policy_version, config, SharedTensor(buffer), tuple(layout), checksum(buffer))
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    def sleep(self) -> None:
+        """Give back the KV cache's GPU memory; a CPU build has nothing to give back."""
+        if self._start.on_gpu and not self._asleep:
+            self._drain()
+            self._engine.sleep(level=1)
+        self._asleep = True
+
+    def wake(self) -> None:
+        """Undo ``sleep``; raises ``OutOfMemory`` where the KV cache does not fit now, and can then be tried again."""
+        if self._start.on_gpu and self._asleep:
+            with memory_errors():
+                self._engine.wake_up()
+        self._asleep = False
+
+    def close(self) -> None:
+        """Stop vLLM and give back all its memory; safe to call twice."""
+        engine = self.__dict__.pop("_engine", None)
+        if engine is None:
+            return
+        self._decoder.shutdown(cancel_futures=True)
+        if self._asleep and self._in_process and self._start.on_gpu:
+            # vLLM's allocator frees only what is mapped; without room for that the end of the process frees it.
+            with suppress(OutOfMemory), memory_errors():
+                engine.wake_up()
+        engine.engine_core.shutdown()
+        del engine
+        if self._in_process:
+            gc.collect()
+            if self._start.on_gpu:
+                torch.cuda.empty_cache()
+
+    # -- internals ----------------------------------------------------------------------------------------------------
+
+    def _drain(self) -> None:
+        """Take in the step that vLLM still has in flight; a core in a process of its own does so by itself."""
+        core = getattr(self._engine.engine_core, "engine_core", None)
+        while core is not None and core.batch_queue:
+            self._engine.step()
 
     def _rpc(self, method: str, *args: Any) -> Any:
-        return self._llm.collective_rpc(method, args=args)[0]
-
-
-def _linear_layers(architecture: Any, trust_remote_code: bool) -> list[str]:
-    """Names (last part) of every linear layer but the head, from a model without storage."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(architecture, trust_remote_code=trust_remote_code)
-    head = network.get_output_embeddings()
-    layers = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, torch.nn.Linear)]
-    return sorted({name.rpartition(".")[2] for name, layer in layers if layer is not head})
-
-
-def _write_peft(folder: Path, adapter: Adapter, rank: int, tensors: Mapping[str, Tensor]) -> None:
-    """A PEFT folder whose scaling is 1: it is in B already."""
-    from safetensors.torch import save_file
-
-    targets = adapter.config["target_modules"]
-    config = {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": rank,
-        "target_modules": targets if isinstance(targets, str) else sorted(targets),
-        "bias": "none",
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    save_file(dict(tensors), folder / "adapter_model.safetensors")
-
-
-def _memory_folder() -> str | None:
-    """Where a temporary adapter costs no disk write, if the machine has such a place."""
-    shared = Path("/dev/shm")
-    return str(shared) if shared.is_dir() else None
+        return self._engine.collective_rpc(method, args=args)[0]

@@ -1,0 +1,192 @@
+"""What vLLM is started with, worked out from the configuration; nothing here imports vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from posttrain.rl import machine
+from posttrain.rl.errors import EngineError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from posttrain.rl.config import ModelConfig, RolloutConfig
+
+_QUANTIZATION = {"none": None, "nf4": "bitsandbytes", "fp8": "fp8"}
+_WEIGHT_SHARE = {"none": 1.0, "nf4": 0.4, "fp8": 0.65}
+"""Bytes of the quantized model over those of a 16-bit checkpoint, embeddings in 16 bits: for the first check only."""
+_WORKING_BYTES = machine.GIB
+"""CUDA context and compiled graphs of a small model."""
+_MOST_SEQUENCES = 1024
+_MOST_CAPTURED = 512
+_BATCHED_TOKENS = 8192
+
+
+@dataclass(slots=True, frozen=True)
+class Architecture:
+    """The transformers model behind a checkpoint, looked at without storage."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of every parameter; a tied head is left out."""
+    linear: Mapping[str, tuple[int, int]]
+    """Outputs and inputs of every linear layer but the head."""
+    longest: int | None
+    """``max_position_embeddings``."""
+
+    @classmethod
+    def of(cls, source: str, model: ModelConfig) -> Architecture:
+        """Build the model on the meta device."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(source, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+        network.tie_weights()
+        head = network.get_output_embeddings()
+        return cls(
+            {name: tuple(parameter.shape) for name, parameter in network.named_parameters()},
+            {name: _sides(layer) for name, layer in network.named_modules() if _is_linear(layer) and layer is not head},
+            getattr(config.get_text_config(), "max_position_embeddings", None),
+        )
+
+    def targets(self, wanted: str | Sequence[str]) -> dict[str, tuple[int, int]]:
+        """The layers that ``trainer.lora.target_modules`` names."""
+        if wanted == "all-linear":
+            return dict(self.linear)
+        endings = [wanted] if isinstance(wanted, str) else list(wanted)
+        found = {
+            name: sides
+            for name, sides in self.linear.items()
+            if any(name == ending or name.endswith(f".{ending}") for ending in endings)
+        }
+        if not found:
+            raise EngineError(f"no linear layer of the model ends in {', '.join(endings)}: check target_modules")
+        return found
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return isinstance(layer, torch.nn.Linear)
+
+
+def _sides(layer: Any) -> tuple[int, int]:
+    return layer.out_features, layer.in_features
+
+
+@dataclass(slots=True, frozen=True)
+class Start:
+    """Everything that decides how vLLM is started."""
+
+    source: str
+    model: ModelConfig
+    rollout: RolloutConfig
+    dtype: torch.dtype
+    on_gpu: bool
+    architecture: Architecture
+    lora_rank: int | None = None
+    lora_targets: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    kv_cache_bytes: int | None = None
+    sequences: int | None = None
+
+    @property
+    def lora_backend(self) -> str:
+        """``dense`` or ``slots``."""
+        return "dense" if self.rollout.lora_backend == "auto" else self.rollout.lora_backend
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of ``vllm.EngineArgs``."""
+        rollout = self.rollout
+        args: dict[str, Any] = {
+            "model": self.source,
+            "revision": self.model.revision,
+            "trust_remote_code": self.model.trust_remote_code,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "quantization": self._quantization(),
+            "skip_tokenizer_init": True,
+            "logprobs_mode": "processed_logprobs",
+            "enforce_eager": rollout.enforce_eager,
+            "disable_log_stats": True,
+            "distributed_executor_backend": "uni",
+            "worker_cls": f"posttrain.rollout.vllm_{'gpu_worker.Gpu' if self.on_gpu else 'cpu_worker.Cpu'}Worker",
+        }
+        if rollout.max_model_len is not None:
+            longest = self.architecture.longest
+            args["max_model_len"] = min(rollout.max_model_len, longest or rollout.max_model_len)
+        if self.sequences is not None:
+            args["max_num_seqs"] = min(self.sequences, _MOST_SEQUENCES)
+            if self.on_gpu:
+                args["compilation_config"] = {"cudagraph_capture_sizes": capture_sizes(args["max_num_seqs"])}
+        if self.on_gpu:
+            args |= {"enable_sleep_mode": True, "max_num_batched_tokens": _BATCHED_TOKENS}
+        if self.kv_cache_bytes is not None:
+            # Next to a stated number of bytes vLLM uses its share of the GPU for one check only: at the start as much
+            # must be free. `refuse_busy_gpu` checks what is really needed.
+            args |= {"kv_cache_memory_bytes": self.kv_cache_bytes}
+            if self.on_gpu:
+                args["gpu_memory_utilization"] = 0.01
+        return args | self._lora()
+
+    def _quantization(self) -> str | None:
+        quantization = self.model.quantization
+        if quantization != "none" and self.dtype == torch.float32:
+            raise EngineError(
+                f'model.quantization = "{quantization}" needs 16-bit activations in vLLM: use model.dtype = "bfloat16"'
+            )
+        return _QUANTIZATION[quantization]
+
+    def _lora(self) -> dict[str, Any]:
+        if self.lora_rank is None:
+            return {}
+        # Hashed into the key of vLLM's compile cache, which does not see that a layer's method was changed.
+        spec = {"backend": self.lora_backend, "rank": self.lora_rank, "targets": dict(self.lora_targets)}
+        args: dict[str, Any] = {"additional_config": {"posttrain_lora": spec}}
+        if self.lora_backend == "slots":
+            # Left to itself vLLM gives the head a slot too: vocabulary times rank for nothing, and 0.26 cannot start
+            # with it where the vocabulary is no multiple of 64.
+            endings = sorted({name.rpartition(".")[2] for name in self.lora_targets})
+            args |= {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "lora_target_modules": endings}
+        return args
+
+    def refuse_busy_gpu(self) -> None:
+        """Raise ``EngineError`` with the numbers where weights and KV cache cannot fit into what is free."""
+        gpus = machine.gpus() if self.on_gpu and self.kv_cache_bytes is not None else []
+        if not gpus or gpus[0].free is None or self.kv_cache_bytes is None:
+            return
+        weights = checkpoint_bytes(self.source) * _WEIGHT_SHARE[self.model.quantization]
+        needed = self.kv_cache_bytes + int(weights) + _WORKING_BYTES
+        if needed > gpus[0].free:
+            total = f" of {gpus[0].total / machine.GIB:.1f}" if gpus[0].total else ""
+            raise EngineError(
+                f"vLLM needs {needed / machine.GIB:.1f} GiB of GPU memory ({weights / machine.GIB:.1f} weights, "
+                f"{self.kv_cache_bytes / machine.GIB:.1f} KV cache, {_WORKING_BYTES / machine.GIB:.1f} to work in), "
+                f"{gpus[0].free / machine.GIB:.1f}{total} are free on {gpus[0].name}: end what else runs on it "
+                "(nvidia-smi), or lower rollout.kv_cache_gib or gpu_memory_gib"
+            )
+
+
+def capture_sizes(sequences: int) -> list[int]:
+    """Batch sizes to capture CUDA graphs for, ``sequences`` among them: at most an eighth of a batch is padding."""
+    largest = min(sequences, _MOST_CAPTURED)
+    sizes = {1, 2, 4, largest}
+    sizes |= {*range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, _MOST_CAPTURED + 1, 64)}
+    return sorted(size for size in sizes if size <= largest)
+
+
+def allowed_rank(rank: int, allowed: Sequence[int]) -> int:
+    """Smallest rank of vLLM's slots that holds ``rank``."""
+    fitting = [size for size in sorted(allowed) if size >= rank]
+    if not fitting:
+        raise EngineError(
+            f"trainer.lora.rank = {rank} is above the largest of vLLM's slots, {max(allowed)}: "
+            'use rollout.lora_backend = "dense"'
+        )
+    return fitting[0]
+
+
+def checkpoint_bytes(source: str) -> int:
+    """Size of a folder's weights; 0 for a hub name."""
+    return sum(file.stat().st_size for file in Path(source).glob("*.safetensors"))

@@ -1,0 +1,173 @@
+"""The engine's frozen weights under transformers' names, as handles to the memory they lie in. Nothing is copied.
+
+What a quantized layer holds, in vLLM 0.26 to 0.32:
+
+* bitsandbytes: ``weight`` uint8 [bytes, 1], the parts of a fused layer end to end (``bnb_shard_offsets``), each with a
+  ``QuantState`` of its own (``bnb_quant_state``).
+* fp8 with one scale, or one a row: ``weight`` [in, out], a row-major [out, in] transposed; ``weight_scale``. CUTLASS
+  pads both sides to multiples of 16 at the end.
+* fp8 in blocks of 128: ``weight`` [out, in] and ``weight_scale_inv`` [⌈out/128⌉, ⌈in/128⌉].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from posttrain.rl.fingerprint import checksums
+from posttrain.rl.sharing import share
+from posttrain.rl.types import SharedWeight
+from posttrain.rollout.vllm_layout import Layout, Place
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_BLOCK = 128
+_FP8_KERNELS = frozenset(
+    {
+        "FlashInferFP8ScaledMMLinearKernel",
+        "CutlassFP8ScaledMMLinearKernel",
+        "PerTensorTorchFP8ScaledMMLinearKernel",
+        "RowWiseTorchFP8ScaledMMLinearKernel",
+        "ChannelWiseTorchFP8ScaledMMLinearKernel",
+        "FlashInferFp8DeepGEMMDynamicBlockScaledKernel",
+        "DeepGemmFp8BlockScaledMMKernel",
+        "CutlassFp8BlockScaledMMKernel",
+        "TritonFp8BlockScaledMMKernel",
+    }
+)
+"""Kernels that read the weight as described above; the others (Marlin, Humming, …) shuffle it for themselves."""
+
+
+@dataclass(slots=True, frozen=True)
+class Held:
+    """A weight as it lies in the engine: views of its storage."""
+
+    scheme: Literal["dense", "nf4", "fp8"]
+    tensors: Mapping[str, Tensor]
+    block_size: int | None = None
+
+
+class Repacked(Exception):
+    """The engine holds the weight in a form of its own; the message says which."""
+
+
+def exported(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, SharedWeight], list[Tensor]]:
+    """Every transformers parameter in ``shapes``, and the tensors whose memory the handles need beside the model's."""
+    found: dict[str, Held | Repacked] = {}
+    origins: dict[str, str] = {}
+    for name, shape in shapes.items():
+        module_name, _, leaf = name.rpartition(".")
+        place = layout.find(module_name)
+        origins[name] = f"{place.origin}.{leaf}" if place else name
+        try:
+            found[name] = held(place, leaf, tuple(shape))
+        except Repacked as reason:
+            found[name] = reason
+    tensors = [tensor for weight in found.values() if isinstance(weight, Held) for tensor in weight.tensors.values()]
+    digests = iter(checksums(tensors))
+    weights = {}
+    for name, weight in found.items():
+        shape, origin = tuple(shapes[name]), origins[name]
+        if isinstance(weight, Repacked):
+            weights[name] = SharedWeight("dense", {}, shape, {}, origin, repacked=str(weight))
+            continue
+        weights[name] = SharedWeight(
+            weight.scheme,
+            {part: share(tensor) for part, tensor in weight.tensors.items()},
+            shape,
+            {part: next(digests) for part in weight.tensors},
+            origin,
+            block_size=weight.block_size,
+        )
+    return weights, tensors
+
+
+def held(place: Place | None, leaf: str, shape: tuple[int, ...]) -> Held:
+    """The views behind one transformers parameter; raises ``Repacked`` where there are none that others can read."""
+    parameter = getattr(place.module, leaf, None) if place else None
+    if place is None or parameter is None:
+        raise Repacked("the engine has no tensor for it")
+    if leaf == "weight" and hasattr(parameter, "bnb_quant_state"):
+        return _nf4(place, parameter, shape)
+    data = parameter.data
+    if leaf == "weight" and data.dtype == torch.float8_e4m3fn:
+        return _fp8(place, data, shape)
+    return _dense(place, data, shape)
+
+
+def _dense(place: Place, data: Tensor, shape: tuple[int, ...]) -> Held:
+    if hasattr(place.module, "cpu_linear") and data.numel() == 0:
+        raise Repacked("vLLM's CPU build keeps it in oneDNN's own layout")
+    if (vocabulary := getattr(place.module, "org_vocab_size", None)) is not None:
+        data = data[:vocabulary]
+    if place.shard is not None:
+        data = data[place.start : place.stop]
+    _expect(data, shape, torch.is_floating_point(data) and data.element_size() > 1)
+    return Held("dense", {"weight": data})
+
+
+def _nf4(place: Place, parameter: Any, shape: tuple[int, ...]) -> Held:
+    states, offsets = parameter.bnb_quant_state, [int(offset) for offset in parameter.bnb_shard_offsets]
+    if place.shard is None and len(states) != 1:
+        raise Repacked(f"it is quantized in {len(states)} pieces there")
+    shard = place.shard or 0
+    state = states[shard]
+    if getattr(state, "quant_type", None) != "nf4" or tuple(state.shape) != shape:
+        raise Repacked(f"it is {getattr(state, 'quant_type', 'int8')} {tuple(getattr(state, 'shape', ()))} there")
+    packed = parameter.data[offsets[shard] : offsets[shard + 1]]
+    _expect(packed, ((math.prod(shape) + 1) // 2, 1), packed.dtype == torch.uint8)
+    absmax = _unnested(state) if state.nested else state.absmax
+    _expect(absmax, (math.ceil(math.prod(shape) / state.blocksize),), absmax.dtype == torch.float32)
+    return Held("nf4", {"weight": packed, "absmax": absmax, "code": state.code}, state.blocksize)
+
+
+def _unnested(state: Any) -> Tensor:
+    """float32 absmax of a doubly quantized state: a private tensor of 1/16 of the weight's bytes."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    return (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
+
+
+def _fp8(place: Place, data: Tensor, shape: tuple[int, ...]) -> Held:
+    module = place.module
+    kernel = type(getattr(getattr(module, "quant_method", None), "fp8_linear", None)).__name__
+    if kernel not in _FP8_KERNELS:
+        raise Repacked(f"it is laid out for {kernel}")
+    rows = sum(module.output_partition_sizes)
+    start, stop = (0, rows) if place.shard is None else (place.start, place.stop)
+    if len(shape) != 2 or shape[0] != stop - start:
+        raise Repacked(f"it is {tuple(data.shape)} there")
+    if (blocks := getattr(module, "weight_scale_inv", None)) is not None:
+        return _fp8_blocks(data, blocks.data, (start, stop, rows), shape[1])
+    padded = tuple(-(-size // 16) * 16 for size in (shape[1], rows))
+    if tuple(data.shape) not in {(shape[1], rows), padded} or data.stride(0) != 1:
+        raise Repacked(f"it is {tuple(data.shape)} with strides {data.stride()} there")
+    scale = module.weight_scale.data
+    if scale.numel() == 1:
+        scale = scale.reshape(1)
+    elif scale.numel() in (rows, data.shape[1]):
+        scale = scale.reshape(-1, 1)[start:stop]
+    else:
+        raise Repacked(f"its scale is {tuple(scale.shape)} there")
+    _expect(scale, tuple(scale.shape), scale.dtype == torch.float32)
+    return Held("fp8", {"weight": data.t()[start:stop, : shape[1]], "scale": scale})
+
+
+def _fp8_blocks(data: Tensor, scale: Tensor, rows: tuple[int, int, int], columns: int) -> Held:
+    start, stop, total = rows
+    if start % _BLOCK or (stop % _BLOCK and stop != total):
+        raise Repacked(f"its rows {start} to {stop} cut a block of {_BLOCK} under one scale")
+    _expect(data, (total, columns), True)
+    _expect(scale, (-(-total // _BLOCK), -(-columns // _BLOCK)), scale.dtype == torch.float32, contiguous=False)
+    blocks = scale[start // _BLOCK : -(-stop // _BLOCK)]
+    return Held("fp8", {"weight": data[start:stop], "scale": blocks})
+
+
+def _expect(data: Tensor, shape: tuple[int, ...], right_type: bool, *, contiguous: bool = True) -> None:
+    if tuple(data.shape) != shape or not right_type or (contiguous and not data.is_contiguous()):
+        raise Repacked(f"it is {data.dtype} {tuple(data.shape)} with strides {data.stride()} there")
