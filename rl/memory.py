@@ -175,7 +175,8 @@ def _remedy(config: Config, needed: MemoryEstimate, limit: int) -> str:
     if needed.kv_least > needed.activations // 2:
         if config.rollout.kv_cache_gib:
             return "lower rollout.kv_cache_gib"
-        return "lower rollout.max_sequences, data.max_prompt_tokens or rollout.max_tokens"
+        fewer = "" if needed.engine else "rollout.max_sequences, "  # vLLM asks for one sequence in any case
+        return f"lower {fewer}data.max_prompt_tokens or rollout.max_tokens"
     if not config.trainer.activation_checkpointing:
         return "set trainer.activation_checkpointing = true, or lower trainer.micro_batch_tokens"
     return "lower trainer.micro_batch_tokens or rollout.max_tokens"

@@ -49,11 +49,14 @@ def test_values_other_than_the_defaults_survive_toml() -> None:
         "data": {"dataset": "f.py:rows", "worked_turns": [{"role": "user", "content": "x"}], "chat": False},
         "rewards": [{"name": "r.py:score", "weight": -0.5}],
         "algorithm": {"name": "dapo", "clip_high": 0.3},
-        "rollout": {"stop_token_ids": [1, 2], "top_k": 0, "temperature": 0.7},
+        "rollout": {"stop_token_ids": [1, 2], "top_k": 0, "temperature": 0.7, "kv_cache_gib": 8.25},
         "trainer": {"betas": [0.5, 0.75], "max_grad_norm": math.inf, "lora": {"target_modules": ["q_proj"]}},
         "warm_start": {"dataset": "d.jsonl", "steps": 3},
         "seed": -3,
         "run_name": "x",
+        "gpus": 2,
+        "gpu_memory_gib": 40.5,
+        "max_restarts": 0,
     }
     config = build(tree)
     again = build(tomllib.loads(tomli_w.dumps(config.tree())))
@@ -77,7 +80,12 @@ def test_corrections_survive_toml_with_their_own_fields(correction: dict[str, An
 
 def test_the_tree_holds_every_field_that_is_set_and_no_null() -> None:
     tree = build(with_()).tree()
-    assert tree["model"] == {"name": "owner/model", "trust_remote_code": False, "dtype": "auto"}
+    assert tree["model"] == {
+        "name": "owner/model",
+        "trust_remote_code": False,
+        "dtype": "auto",
+        "quantization": "none",
+    }
     assert tree["algorithm"]["name"] == "grpo"
     assert "warm_start" not in tree and "run_name" not in tree
     assert tree["trainer"]["lora"]["rank"] == 16
@@ -335,6 +343,28 @@ def test_truncated_sampling_excludes_corrections(truncation: dict[str, float]) -
             {"evaluation": {"temperature": 0.0, "samples": 4}},
             {"evaluation": {"temperature": 0.0, "samples": 1}},
             "set evaluation.samples = 1",
+        ),
+        ({"gpus": 2, "placement": "embedded"}, {"placement": "ray"}, r"gpus = 2 needs a process for each"),
+        ({"gpus": 2, "trainer": {"device": "cpu"}}, {"trainer": {"device": "cuda"}}, "contradict each other"),
+        (
+            {"rollout": {"kv_cache_gib": 8.5}, "gpu_memory_gib": 8.5},
+            {"gpu_memory_gib": 9.0},
+            r"kv_cache_gib \(8\.5\) leaves nothing of gpu_memory_gib \(8\.5\)",
+        ),
+        (
+            {"rollout": {"kv_cache_gib": 2, "engine": "transformers"}},
+            {"rollout": {"kv_cache_gib": 2, "engine": "vllm"}},
+            r"rollout\.kv_cache_gib is vLLM's",
+        ),
+        (
+            {"rollout": {"lora_backend": "slots"}, "trainer": {"lora": {"rank": 513}}},
+            {"rollout": {"lora_backend": "dense"}},
+            r"goes up to trainer\.lora\.rank = 512 \(got 513\)",
+        ),
+        (
+            {"model": {"name": "m", "quantization": "nf4"}, "trainer": {"method": "full"}},
+            {"trainer": {"method": "lora"}},
+            r'model\.quantization = "nf4" keeps the base frozen',
         ),
         (
             {"rollout": {"max_model_len": 2559}},

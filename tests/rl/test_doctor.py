@@ -4,118 +4,17 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
+from dataclasses import replace
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from posttrain.rl import doctor, machine
 from posttrain.rl.doctor import Package, advise
-from posttrain.rl.machine import GIB, MIB, Gpu
-
-SMI = """0, GPU-aaaa-1, NVIDIA H200, 143771, 143000, 9.0, 570.1
-1, GPU-bbbb-2, Tesla T4, 15360, 15000, 7.5, 570.1
-2, GPU-aaab-3, NVIDIA A100, [N/A], [N/A], 8.0, 570.1
-"""
-
-
-@pytest.fixture
-def smi(monkeypatch) -> None:
-    monkeypatch.setattr(machine.shutil, "which", lambda _: "/usr/bin/nvidia-smi")
-    done = subprocess.CompletedProcess([], 0, SMI, "")
-    monkeypatch.setattr(machine.subprocess, "run", lambda *_, **__: done)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-
-
-def test_gpus_are_read_from_the_driver(smi) -> None:
-    first, second, third = machine.gpus()
-    assert first == Gpu(0, "NVIDIA H200", 143771 * MIB, 143000 * MIB, (9, 0), "570.1")
-    assert (second.capability, third.total, third.free) == ((7, 5), None, None)
-
-
-@pytest.mark.parametrize(
-    ("visible", "indices"),
-    [("1", [1]), ("2,0", [2, 0]), ("", []), ("-1", []), ("0,7,1", [0]), ("GPU-bbbb", [1]), ("GPU-aaa", [])],
-)
-def test_only_visible_gpus_count_in_their_order(smi, monkeypatch, visible: str, indices: list[int]) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert [gpu.index for gpu in machine.gpus()] == indices
-
-
-def test_no_driver_or_a_broken_one_means_no_gpu(monkeypatch) -> None:
-    monkeypatch.setattr(machine.shutil, "which", lambda _: None)
-    assert machine.gpus() == []
-
-    def broken(*_: object, **__: object) -> None:
-        raise subprocess.CalledProcessError(9, "nvidia-smi")
-
-    monkeypatch.setattr(machine.shutil, "which", lambda _: "nvidia-smi")
-    monkeypatch.setattr(machine.subprocess, "run", broken)
-    assert machine.gpus() == []
-
-
-@pytest.mark.parametrize(
-    ("capability", "dtypes"),
-    [
-        ((6, 1), ()),
-        ((7, 5), ("fp16",)),
-        ((8, 0), ("fp16", "bf16")),
-        ((8, 6), ("fp16", "bf16")),
-        ((8, 9), ("fp16", "bf16", "fp8")),
-        ((9, 0), ("fp16", "bf16", "fp8")),
-        ((12, 0), ("fp16", "bf16", "fp8", "fp4")),
-        (None, ()),
-    ],
-)
-def test_number_formats_follow_the_generation(capability, dtypes: tuple[str, ...]) -> None:
-    assert Gpu(0, "x", 1, 1, capability, "1").dtypes == dtypes
-
-
-def test_a_container_limits_memory_and_processors(tmp_path: Path, monkeypatch) -> None:
-    files = {
-        "/proc/meminfo": "MemTotal:  1000000 kB\nMemFree: 5 kB\nMemAvailable:  800000 kB\n",
-        "/sys/fs/cgroup/memory.max": "max\n",
-        "/sys/fs/cgroup/memory.current": "1024\n",
-        "/sys/fs/cgroup/cpu.max": "max 100000\n",
-    }
-
-    def fake(path: str) -> Path:
-        file = tmp_path / path.strip("/").replace("/", "_")
-        if path in files:
-            file.write_text(files[path])
-        return file
-
-    class FakePath:
-        def __new__(cls, path: str):
-            return _Folder(path, fake)
-
-    monkeypatch.setattr(machine, "Path", FakePath)
-    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    assert machine.memory() == (1_000_000 * 1024, 800_000 * 1024)
-    assert machine.cpus() == 8
-    files["/sys/fs/cgroup/memory.max"] = "409600\n"
-    files["/sys/fs/cgroup/memory.current"] = "102400\n"
-    files["/sys/fs/cgroup/cpu.max"] = "250000 100000\n"
-    assert machine.memory() == (409600, 307200)
-    assert machine.cpus() == 2
-
-
-class _Folder:
-    """A path under an imagined root."""
-
-    def __init__(self, path: str, fake) -> None:
-        self._path, self._fake = path, fake
-
-    def __truediv__(self, name: str) -> _Folder:
-        return _Folder(f"{self._path}/{name}", self._fake)
-
-    def exists(self) -> bool:
-        return self._fake(self._path).exists()
-
-    def read_text(self) -> str:
-        return self._fake(self._path).read_text()
+from posttrain.rl.errors import ConfigError
+from posttrain.rl.machine import GIB, Gpu, Process
+from tests.rl.architectures import QWEN3_4B, SMALL, configured
 
 
 def test_the_report_names_what_is_really_installed() -> None:
@@ -184,6 +83,53 @@ def test_advice_names_the_next_step(found, gpus, cuda, error, threads, expected:
     steps = advise(found, gpus, torch_cuda=cuda, torch_error=error, threads=threads)
     assert len(steps) == len(expected), steps
     assert all(part in step for part, step in zip(expected, steps))
+
+
+def shown(monkeypatch, gpus: list[Gpu]) -> str:
+    monkeypatch.setattr(machine, "gpus", lambda: gpus)
+    text = io.StringIO()
+    doctor.show(doctor.examine(), Console(file=text, width=200))
+    return text.getvalue()
+
+
+def test_the_tables_show_who_holds_a_gpu(monkeypatch) -> None:
+    holders = (Process(1234, "python3", 70 * GIB), Process(77, "", None))
+    text = shown(monkeypatch, [replace(HOPPER, free=9 * GIB, processes=holders)])
+    assert "GPU 0: H, 9.0 of 80.0 GiB free" in text
+    assert "  process 1234 python3 holds 70.00 GiB\n  process 77 holds some of it\n" in text
+
+
+@pytest.mark.parametrize(
+    ("missing", "gpus", "variable", "verdict"),
+    [
+        ((), [HOPPER], "", None),
+        (("vllm",), [HOPPER], "", "vLLM is not installed"),
+        ((), [], "", "there is no GPU"),
+        ((), [HOPPER], "expandable_segments:True", "PYTORCH_ALLOC_CONF asks for expandable_segments"),
+    ],
+)
+def test_the_doctor_knows_whether_weights_can_be_shared(monkeypatch, missing, gpus, variable: str, verdict) -> None:
+    monkeypatch.setattr(doctor, "_package", lambda name, *_: Package(name, None if name in missing else "9", "", True))
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", variable)
+    text = shown(monkeypatch, gpus)
+    line = next((line for line in text.splitlines() if line.startswith("one copy of the weights")), None)
+    found = doctor.examine().weight_sharing
+    if verdict is None:
+        assert found is None and line == "one copy of the weights for vLLM and the trainer: yes"
+    else:
+        assert found is not None and found.startswith(verdict)
+        assert line == (f"one copy of the weights for vLLM and the trainer: no: {found}" if gpus else None)
+
+
+def test_a_configuration_is_fitted_to_the_machine(monkeypatch) -> None:
+    monkeypatch.setattr(machine, "gpus", lambda: [HOPPER])
+    rollout = {"prompts_per_step": 4, "group_size": 8}
+    told = doctor.fit(configured(QWEN3_4B, rollout={**rollout, "engine": "vllm"}, gpu_memory_gib=64))
+    assert told.startswith("fits: 4,022M parameters") and "64.00 GiB to share: weights 7.49 GiB" in told
+    told = doctor.fit(configured(SMALL, rollout={**rollout, "engine": "transformers"}))
+    assert told.startswith("fits; with every prompt and completion at its limit: ") and "KV cache" in told
+    with pytest.raises(ConfigError, match="does not fit into"):
+        doctor.fit(configured(QWEN3_4B, rollout={**rollout, "engine": "vllm"}, gpu_memory_gib=8))
 
 
 def test_the_tables_show_gpu_and_advice_without_eating_brackets(monkeypatch) -> None:

@@ -1,187 +1,30 @@
-"""The memory estimate against models that are really built, and against known sizes."""
+"""What fits, how a GPU is divided, and who is in the way."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from posttrain.rl import memory
-from posttrain.rl.config import Config, build
-from posttrain.rl.errors import ConfigError
-from posttrain.rl.machine import GIB
-from posttrain.rl.memory import RUNTIME, Memory, check_fits, estimate_memory, lora_parameters, meta_model
+from posttrain.rl import machine, memory
+from posttrain.rl.config import build
+from posttrain.rl.errors import ConfigError, EngineError
+from posttrain.rl.machine import GIB, Gpu, Memory, Process
+from posttrain.rl.memory import available, check_fits, estimate_memory, split
+from tests.rl.architectures import CPU, GPU, H200, QWEN3_4B, SMALL, configured
 
-SMALL = {
-    "model_type": "qwen3",
-    "hidden_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "intermediate_size": 384,
-    "vocab_size": 64,
-}
-QWEN3_4B = {
-    "model_type": "qwen3",
-    "hidden_size": 2560,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "intermediate_size": 9728,
-    "vocab_size": 151936,
-    "tie_word_embeddings": True,
-}
-GPU = Memory("cuda", "a GPU", 80 * GIB, 79 * GIB, (9, 0))
-CPU = Memory("cpu", "main memory", 64 * GIB, 60 * GIB)
+SHORT = {"engine": "vllm", "prompts_per_step": 4, "group_size": 8, "max_tokens": 512}
+WIDE_CACHE = {"model": {"random": {"config": {**QWEN3_4B, "num_key_value_heads": 32}}}}
+SAVING = {"trainer": {"activation_checkpointing": True, "micro_batch_tokens": 8192}}
 
 
-def configured(architecture: dict[str, Any], **changes: Any) -> Config:
-    return build({"model": {"random": {"config": architecture}}, **changes})
-
-
-def test_parameters_of_a_known_model_are_exact() -> None:
-    """Qwen3-4B: 4,022,468,096 parameters as published; by hand per layer, plus the embedding and the last norm."""
-    layer = 2560 * (4096 + 1024 + 1024) + 4096 * 2560 + 3 * 2560 * 9728 + 2 * 2560 + 2 * 128
-    assert 36 * layer + 151936 * 2560 + 2560 == 4_022_468_096
-    estimate = estimate_memory(configured(QWEN3_4B, rollout={"engine": "transformers"}), GPU)
-    assert estimate.parameters == 4_022_468_096
-    assert estimate.weights == 2 * 4_022_468_096
-    # rank 16 beside q, k, v, o, gate, up, down
-    per_layer = 16 * (2560 + 4096 + 2 * (2560 + 1024) + 4096 + 2560 + 3 * (2560 + 9728))
-    assert estimate.trainable == 36 * per_layer == 33_030_144
-    assert estimate.adapter == estimate.gradients == 4 * 33_030_144
-    assert estimate.optimizer == 8 * 33_030_144
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2"])
-@pytest.mark.parametrize("targets", ["all-linear", "some"])
-def test_counts_equal_those_of_the_model_and_of_peft(kind: str, tied: bool, targets: str) -> None:
-    import peft
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    architecture = {**SMALL, "model_type": kind, "tie_word_embeddings": tied}
-    if kind == "gpt2":
-        small = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 1}
-        architecture = {"model_type": "gpt2", "tie_word_embeddings": tied, **small}
-    modules = "all-linear" if targets == "all-linear" else (["c_attn"] if kind == "gpt2" else ["q_proj", "down_proj"])
-    config = configured(architecture, trainer={"lora": {"rank": 4, "target_modules": modules}})
-    real = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture))
-    on_meta = meta_model(config.model)
-    assert all(parameter.is_meta for parameter in on_meta.parameters())
-    assert sum(p.numel() for p in on_meta.parameters()) == sum(p.numel() for p in real.parameters())
-    adapted = peft.get_peft_model(real, peft.LoraConfig(r=4, target_modules=modules, task_type="CAUSAL_LM"))
-    assert lora_parameters(on_meta, config.trainer.lora) == adapted.get_nb_trainable_parameters()[0]
-
-
-def test_the_vocabulary_of_a_random_model_follows_its_characters() -> None:
-    architecture = {key: value for key, value in SMALL.items() if key != "vocab_size"}
-    config = build({"model": {"random": {"config": architecture, "characters": "0123456789+="}}})
-    assert meta_model(config.model).config.vocab_size == 12 + 2  # an end and a padding token
-
-
-def kept_by_autograd(architecture: dict[str, Any], tokens: int, *, checkpointing: bool) -> int:
-    """Bytes that the backward pass of a LoRA model's backbone holds, parameters left out."""
-    import peft
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    # sdpa: like the trainer's own attention it keeps no scores
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture), attn_implementation="sdpa")
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
-    if checkpointing:
-        adapted.gradient_checkpointing_enable({"use_reentrant": False})
-        adapted.enable_input_require_grads()
-        adapted.train()
-    parameters = {p.untyped_storage().data_ptr() for p in adapted.parameters()}
-    kept: dict[int, tuple[int, torch.Tensor]] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        adapted.base_model.model.model(input_ids=torch.randint(0, 64, (1, tokens)))
-    return sum(size for size, _ in kept.values())
-
-
-@pytest.mark.parametrize("kind", ["qwen3", "llama", "gemma3_text"])
-def test_activations_are_close_to_what_autograd_keeps(kind: str) -> None:
-    layers, tokens = 6, 256
-    architecture = {**SMALL, "model_type": kind, "num_hidden_layers": layers}
-    rollout = {"prompts_per_step": 1, "group_size": 2, "max_tokens": 128}
-    tile = 3 * tokens * 64 * 4
-
-    def estimate(checkpointing: bool) -> int:
-        config = configured(architecture, rollout=rollout, trainer={"activation_checkpointing": checkpointing})
-        return estimate_memory(config, CPU, longest_prompt=0).activations - tile
-
-    whole = kept_by_autograd(architecture, tokens, checkpointing=False)
-    assert 1.0 < estimate(False) / whole < 1.3
-    # with checkpointing one layer is whole again while its backward pass runs
-    peak = kept_by_autograd(architecture, tokens, checkpointing=True) + whole / layers
-    assert peak < whole / 2
-    assert 1.0 < estimate(True) / peak < 1.5
-
-
-@pytest.mark.parametrize(
-    ("changes", "weights", "sampler", "adapter", "gradients", "optimizer"),
-    [
-        ({}, 2, 0, 0, 0, 0),
-        ({"placement": "ray"}, 2, 2, 0, 0, 0),
-        ({"model": {"dtype": "float32"}}, 4, 0, 0, 0, 0),
-        ({"trainer": {"method": "full"}}, 2, 2, 4, 4, 8),
-        ({"trainer": {"method": "full", "optimizer": "adamw_8bit"}}, 2, 2, 4, 4, 2),
-        ({"trainer": {"method": "full"}, "model": {"dtype": "float32"}}, 4, 4, 0, 4, 8),
-        ({"trainer": {"method": "full"}, "model": {"dtype": "float64"}}, 8, 8, 0, 8, 16),
-    ],
-)
-def test_bytes_a_parameter(
-    changes: dict[str, Any], weights: int, sampler: int, adapter: int, gradients: int, optimizer: int
-) -> None:
-    model = {"random": {"config": SMALL}, **changes.get("model", {})}
-    config = build({"rollout": {"engine": "transformers"}, **changes, "model": model})
-    estimate = estimate_memory(config, GPU)
-    assert (estimate.weights, estimate.sampler) == (weights * estimate.parameters, sampler * estimate.parameters)
-    if config.trainer.method == "full":
-        assert estimate.trainable == estimate.parameters
-        assert estimate.adapter == adapter * estimate.parameters
-        assert estimate.gradients == gradients * estimate.parameters
-        assert estimate.optimizer == optimizer * estimate.parameters
-
-
-def test_automatic_dtype_is_four_bytes_on_a_cpu() -> None:
-    estimate = estimate_memory(configured(SMALL), CPU)
-    assert estimate.weights == 4 * estimate.parameters
-
-
-def test_vllm_takes_its_share_of_the_gpu() -> None:
-    config = configured(SMALL, rollout={"engine": "vllm", "gpu_memory_utilization": 0.25})
-    estimate = estimate_memory(config, GPU)
-    assert (estimate.sampler, estimate.kv_cache) == (20 * GIB, 0)
-
-
-def test_kv_cache_by_hand_and_the_longest_prompt_when_it_is_known() -> None:
-    rollout = {"engine": "transformers", "prompts_per_step": 4, "group_size": 4, "max_tokens": 100, "max_sequences": 8}
-    config = configured(SMALL, rollout=rollout, data={"max_prompt_tokens": 1000})
-    a_token = 2 * 3 * 2 * 32 * 2  # keys and values, layers, heads, width, bytes
-    logits = 8 * 64 * 4
-    assert estimate_memory(config, GPU).kv_cache == 8 * 1100 * a_token + logits
-    assert estimate_memory(config, GPU, longest_prompt=20).kv_cache == 8 * 120 * a_token + logits
-
-
-def test_the_peak_counts_what_is_there_at_once() -> None:
-    config = configured(SMALL, rollout={"engine": "transformers"})
-    apart = estimate_memory(config, GPU)
-    together = estimate_memory(configured(SMALL, rollout={"engine": "transformers", "max_staleness": 1}), GPU)
-    held = apart.weights + apart.adapter + apart.gradients + apart.optimizer + RUNTIME
-    assert apart.total == held + max(apart.activations, apart.kv_cache)
-    assert together.total == held + apart.activations + apart.kv_cache
+@pytest.fixture(autouse=True)
+def linux(monkeypatch) -> None:
+    monkeypatch.setattr(machine.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(machine.platform, "release", lambda: "6.1")
+    for variable in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUDA_VISIBLE_DEVICES", "RAY_ADDRESS"):
+        monkeypatch.delenv(variable, raising=False)
 
 
 def test_a_model_that_fits_and_one_that_does_not() -> None:
@@ -202,7 +45,12 @@ def test_a_model_that_fits_and_one_that_does_not() -> None:
     [
         ({"trainer": {"method": "full"}}, 24, 'trainer.method = "lora"'),
         ({}, 5, "smaller model"),
-        ({"rollout": {"engine": "vllm", "gpu_memory_utilization": 0.9}}, 24, "gpu_memory_utilization"),
+        ({"rollout": {"engine": "vllm"}, "trainer": {"micro_batch_tokens": 2048}}, 8, 'model.quantization = "nf4"'),
+        ({"rollout": {"engine": "vllm"}}, 24, "activation_checkpointing"),
+        ({"rollout": {"engine": "vllm", "kv_cache_gib": 23}, **SAVING}, 24, "lower rollout.kv_cache_gib"),
+        ({"rollout": {"engine": "vllm", "max_tokens": 120_000}, **SAVING}, 24, "micro_batch_tokens or rollout.max_tok"),
+        ({"rollout": {"engine": "vllm", "max_tokens": 40_000}, **SAVING, **WIDE_CACHE}, 24, "lower data.max_prompt"),
+        ({"rollout": {"engine": "vllm", "max_staleness": 1, "kv_cache_gib": 12}, **SAVING}, 24, "max_staleness = 0"),
         ({"rollout": {"engine": "transformers", "max_tokens": 4096}}, 24, "activation_checkpointing"),
         (
             {
@@ -215,58 +63,206 @@ def test_a_model_that_fits_and_one_that_does_not() -> None:
     ],
 )
 def test_the_message_says_what_would_help(changes: dict[str, Any], free: int, remedy: str) -> None:
-    with pytest.raises(ConfigError, match=remedy):
-        check_fits(configured(QWEN3_4B, **changes), Memory("cuda", "GPU", 24 * GIB, free * GIB, (8, 6)))
+    config = configured(QWEN3_4B, **changes)
+    with pytest.raises(ConfigError, match=f"does not fit into .*{remedy}"):
+        check_fits(config, Memory("cuda", "GPU", free * GIB, free * GIB, (8, 6)))
+
+
+# Qwen3-4B in bf16, 32 sequences of 2,560 tokens, LoRA rank 16
+WEIGHTS = 8_044_936_192
+ENGINE = GIB // 2 + 36 * 24 * 2**20 + 16384 * 3 * (2560 + 9728) * 2 + 66_060_288
+TRAINING = 33_030_144 * (4 + 4 + 8 + 2)
+"""Adapter, gradients, moments, and the buffer it is published in."""
+CACHE, SEQUENCE = 32 * 386_924_544, 386_924_544
+
+
+def test_a_gpu_is_divided_by_hand_when_sampling_and_training_take_turns() -> None:
+    found = split(configured(QWEN3_4B, rollout=SHORT), H200)
+    assert found.budget == 139 * GIB * 95 // 100
+    assert (found.weights, found.engine, found.kv_cache, found.sequences) == (WEIGHTS, ENGINE, CACHE, 32)
+    assert found.trainer == found.budget - WEIGHTS - ENGINE - GIB // 2  # the last for the trainer's own context
+
+
+def test_a_gpu_is_divided_by_hand_when_both_work_at_once() -> None:
+    found = split(configured(QWEN3_4B, rollout={**SHORT, "max_staleness": 1}), H200)
+    assert found.kv_cache == CACHE
+    assert found.trainer == found.budget - WEIGHTS - ENGINE - GIB // 2 - CACHE
+
+
+def test_the_kv_cache_has_what_the_trainer_does_not_always_hold() -> None:
+    memory = Memory("cuda", "GPU", 24 * GIB, 20 * GIB, (8, 6))
+    saving = {"activation_checkpointing": True, "micro_batch_tokens": 8192}
+    config = configured(QWEN3_4B, rollout=SHORT, trainer=saving)
+    found, smaller = split(config, memory), 16384 * 3 * 12288 * 2 - 8192 * 3 * 12288 * 2  # of a GPU below 70 GiB
+    assert found.engine == ENGINE - smaller
+    assert found.kv_cache == 20 * GIB * 95 // 100 - WEIGHTS - found.engine - GIB // 2 - TRAINING < CACHE
+    assert found.trainer == found.kv_cache + TRAINING
+    given = split(configured(QWEN3_4B, rollout={**SHORT, "kv_cache_gib": 1.5}, trainer=saving), memory)
+    assert (given.kv_cache, given.trainer) == (3 * 2**29, found.trainer)
+
+
+def test_at_once_the_largest_micro_batch_goes_first_and_one_sequence_always_fits() -> None:
+    config = configured(QWEN3_4B, rollout={**SHORT, "max_staleness": 1}, trainer={"micro_batch_tokens": 4096})
+    activations = estimate_memory(config, H200).activations
+    fixed = WEIGHTS + ENGINE + GIB // 2 + TRAINING
+
+    def given(budget: int) -> Any:
+        return split(config.model_copy(update={"gpu_memory_gib": budget / GIB}), H200)
+
+    plenty = given(fixed + activations + CACHE // 2)
+    assert (plenty.kv_cache, plenty.trainer) == (CACHE // 2, TRAINING + activations)
+    scarce = given(fixed + activations)
+    assert (scarce.kv_cache, scarce.trainer) == (SEQUENCE, TRAINING + activations - SEQUENCE)
+    least = fixed + activations // 2 + SEQUENCE
+    assert given(least).trainer == TRAINING + activations // 2
+    with pytest.raises(ConfigError, match=r"does not fit into the .* of gpu_memory_gib"):
+        given(least - 2**20)
+
+
+def test_the_parts_never_exceed_the_budget() -> None:
+    for gibs in (11, 13, 17, 24, 40, 139):
+        for staleness in (0, 1):
+            config = configured(
+                QWEN3_4B,
+                rollout={**SHORT, "max_staleness": staleness},
+                trainer={"micro_batch_tokens": 2560, "activation_checkpointing": True},
+                gpu_memory_gib=gibs,
+            )
+            try:
+                found = split(config, H200)
+            except ConfigError:
+                assert gibs < 17
+                continue
+            fixed = found.weights + found.engine + found.needed.runtime
+            training = found.trainer if staleness else found.needed.training
+            assert fixed + found.kv_cache + training <= found.budget
+            assert fixed + found.trainer <= found.budget
+            assert found.kv_cache >= SEQUENCE
+
+
+def test_the_division_is_told_in_one_line() -> None:
+    told = split(configured(QWEN3_4B, rollout=SHORT), H200).describe()
+    assert told.startswith(
+        "4,022M parameters, 33.03M trained, 132.05 GiB to share: weights 7.49 GiB, engine 2.53 GiB, "
+    )
+    assert "then in turn KV cache 11.53 GiB (32 sequences could use 11.53 GiB) and trainer 121.53 GiB" in told
+
+
+# -- a GPU that is in use ------------------------------------------------------------------------------------------
+
+BUSY = replace(H200, free=12 * GIB, processes=(Process(1234, "python3", 110 * GIB), Process(77, "", None)))
+
+
+def test_a_run_on_a_busy_gpu_is_refused_with_the_numbers() -> None:
+    config = configured(QWEN3_4B, rollout=SHORT, trainer={"micro_batch_tokens": 4096})
+    least = (WEIGHTS + ENGINE + GIB // 2 + TRAINING + estimate_memory(config, H200).activations // 2) / GIB
+    with pytest.raises(ConfigError) as caught:
+        check_fits(config, BUSY)
+    message = str(caught.value)
+    assert message.startswith(
+        f"GPU 0 (NVIDIA H200): 12.0 of 140.0 GiB free, this run needs at least {least:.1f} (weights 7.49 GiB, "
+    )
+    assert message.endswith(
+        "): process 1234 python3 holds 110.00 GiB, process 77 holds some of it; stop it, or lower its gpu_memory_gib"
+    )
+    with pytest.raises(ConfigError, match=r"another process holds the rest; stop it"):
+        check_fits(config, replace(BUSY, processes=()))
+
+
+def test_a_share_that_is_not_free_is_refused_though_less_would_do() -> None:
+    config = configured(SMALL, rollout={**SHORT}, gpu_memory_gib=60)
+    assert check_fits(config, H200).least < 12 * GIB
+    with pytest.raises(
+        ConfigError, match=r"this run may take 60\.0 \(gpu_memory_gib\): process 1234 .* or lower gpu_mem"
+    ):
+        check_fits(config, BUSY)
+    with pytest.raises(ConfigError, match=r"gpu_memory_gib = 200, but NVIDIA H200 has 140\.00 GiB: lower it"):
+        check_fits(configured(SMALL, rollout=SHORT, gpu_memory_gib=200), H200)
+    assert check_fits(configured(SMALL, gpu_memory_gib=200), CPU).least < CPU.free  # main memory is not a GPU's
+
+
+def test_two_runs_share_a_gpu_when_each_is_given_its_part() -> None:
+    config = configured(QWEN3_4B, rollout=SHORT, trainer={"micro_batch_tokens": 4096}, gpu_memory_gib=65)
+    first = split(config, H200)
+    second = split(config, replace(H200, free=H200.free - first.budget))
+    assert first == second and first.budget == 65 * GIB
+
+
+def gpu(index: int, free: int | None, **changes: Any) -> Gpu:
+    return Gpu(index, "H", None if free is None else 80 * GIB, free, (9, 0), "1", **changes)
+
+
+def test_of_several_gpus_the_fullest_counts(monkeypatch) -> None:
+    holder = (Process(5, "other", 70 * GIB),)
+    found = [gpu(0, 79 * GIB), gpu(3, 9 * GIB, processes=holder), gpu(4, GIB)]
+    monkeypatch.setattr(machine, "gpus", lambda: found)
+    assert available("auto", 2) == Memory("cuda", "H", 80 * GIB, 9 * GIB, (9, 0), 3, holder)
+    assert available("auto", 1) == Memory("cuda", "H", 80 * GIB, 79 * GIB, (9, 0), 0)
+    config = configured(QWEN3_4B, rollout=SHORT, trainer={"micro_batch_tokens": 4096}, gpus=2)
+    with pytest.raises(ConfigError, match=r"^GPU 3 \(H\): 9\.0 of 80\.0 GiB free.*process 5 other holds 70\.00 GiB"):
+        check_fits(config)
+    assert check_fits(config.model_copy(update={"gpus": 1})).least < 79 * GIB
+
+
+def test_fewer_gpus_than_asked_for(monkeypatch) -> None:
+    monkeypatch.setattr(machine, "gpus", lambda: [gpu(0, GIB)])
+    with pytest.raises(ConfigError, match=r"^gpus = 2, but this machine shows 1: lower gpus$"):
+        available("auto", 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(ConfigError, match=r"gpus = 2, but this machine shows 1 \(CUDA_VISIBLE_DEVICES=0\)"):
+        available("auto", 2)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # a cluster has GPUs elsewhere
+    assert available("auto", 2) == Memory("cuda", "H", 80 * GIB, GIB, (9, 0), 0)
+
+
+def test_a_driver_without_figures_tells_nothing(monkeypatch) -> None:
+    monkeypatch.setattr(machine, "gpus", lambda: [gpu(0, None)])
+    assert available() is None
+    assert check_fits(configured(SMALL)).parameters > 0
+
+
+# -- weights that cannot be shared ------------------------------------------------------------------------------------
+
+
+def quantized(how: str, engine: str) -> Any:
+    return build({"model": {"random": {"config": SMALL}, "quantization": how}, "rollout": {"engine": engine}})
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("how", "engine", "capability", "refused"),
     [
-        ("./nowhere", "there is no folder ./nowhere"),
-        ("/nowhere/at/all", "there is no folder /nowhere/at/all"),
-        ("a/b/c", "there is no folder a/b/c"),
-        ("{tmp}", "has no config.json"),
+        ("fp8", "vllm", (8, 6), True),
+        ("fp8", "vllm", (8, 9), False),
+        ("fp8", "vllm", None, False),
+        ("fp8", "transformers", (7, 5), False),
+        ("nf4", "vllm", (7, 5), False),
     ],
 )
-def test_unknown_models_are_named(tmp_path: Path, name: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        check_fits(build({"model": name.format(tmp=tmp_path)}), CPU)
+def test_fp8_needs_ada_where_vllm_multiplies(how: str, engine: str, capability: Any, refused: bool) -> None:
+    memory = replace(GPU, capability=capability)
+    if not refused:
+        check_fits(quantized(how, engine), memory)
+        return
+    with pytest.raises(EngineError, match=r'capability 8\.9, a GPU has 8\.6: use "nf4", or rollout\.engine = "transf'):
+        check_fits(quantized(how, engine), memory)
 
 
-def test_a_hub_name_that_nobody_has(monkeypatch) -> None:
-    import transformers
-
-    def offline(*_: object, **__: object) -> None:
-        raise OSError("We couldn't connect\nlong advice")
-
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
-    with pytest.raises(ConfigError, match=r"owner/model is neither a local folder nor a model on the hub: We couldn't"):
-        check_fits(build({"model": "owner/model"}), CPU)
-
-
-def test_an_architecture_nobody_knows() -> None:
-    with pytest.raises(ConfigError, match=r"^model\.random\.config: "):
-        check_fits(configured({"model_type": "nonsense"}), CPU)
-    with pytest.raises(ConfigError, match="cannot be built as a causal LM"):
-        check_fits(configured({"model_type": "t5"}), CPU)
+@pytest.mark.parametrize("variable", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_expandable_segments_are_refused_where_weights_are_shared(monkeypatch, variable: str) -> None:
+    monkeypatch.setenv(variable, "max_split_size_mb:64,expandable_segments:True")
+    check_fits(quantized("none", "transformers"), GPU)
+    with pytest.raises(EngineError, match=f"cannot map vLLM's weights: {variable} asks for expandable_segments"):
+        check_fits(quantized("none", "vllm"), GPU)
+    monkeypatch.setenv(variable, "expandable_segments:False")
+    check_fits(quantized("none", "vllm"), GPU)
 
 
-def test_target_modules_that_name_no_layer() -> None:
-    config = configured(SMALL, trainer={"lora": {"target_modules": ["qproj"]}})
-    with pytest.raises(ConfigError, match=r"\['qproj'\] names no layer; it has: down_proj, gate_proj"):
-        check_fits(config, CPU)
-
-
-def test_a_quantized_checkpoint_takes_what_its_files_take(tmp_path: Path) -> None:
-    import json
-
-    quantized = {**SMALL, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
-    (tmp_path / "config.json").write_text(json.dumps({**quantized, "architectures": ["Qwen3ForCausalLM"]}))
-    (tmp_path / "model.safetensors").write_bytes(b"x" * 12345)
-    config = build({"model": str(tmp_path), "rollout": {"engine": "transformers"}})
-    assert estimate_memory(config, GPU).weights == 12345
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 777}}))
-    assert estimate_memory(config, GPU).weights == 777
+@pytest.mark.parametrize(("system", "release"), [("Windows", "10"), ("Linux", "5.15.167.4-microsoft-standard-WSL2")])
+def test_weights_are_shared_on_linux_only(monkeypatch, system: str, release: str) -> None:
+    monkeypatch.setattr(machine.platform, "system", lambda: system)
+    monkeypatch.setattr(machine.platform, "release", lambda: release)
+    with pytest.raises(EngineError, match="CUDA IPC needs Linux"):
+        check_fits(quantized("none", "vllm"), GPU)
 
 
 def test_the_device_that_is_asked_for(monkeypatch) -> None:
