@@ -29,11 +29,13 @@ NF4_CODE = 16 * 4
 """Its code book, float32, one a layer."""
 FP8_SCALE = 4
 """One float32 a layer (vLLM's online fp8)."""
-GRAPHS_A_LAYER = 24 * MIB
-"""CUDA graphs hold the launch parameters of every kernel of a layer at every captured batch size (vLLM 0.26 captures
-up to 51 sizes, each piecewise and in full)."""
+BATCHED_TOKENS = 8192
+"""Tokens of one forward pass of vLLM at most; with more of them waiting it takes several."""
+GRAPHS_A_LAYER = 12 * MIB
+"""CUDA graphs hold the launch parameters of every kernel of a layer at every captured batch size: at most 23 sizes,
+each piecewise and in full, at a quarter of a MiB. To be corrected by measurement."""
 LARGE_GPU = 70 * GIB
-"""From here on, the A100 apart, vLLM's defaults are larger (``EngineArgs.get_batch_defaults``)."""
+"""From here on, the A100 apart, vLLM decodes 1,024 sequences at once, else 256 (``EngineArgs.get_batch_defaults``)."""
 KV_BLOCK = 64
 """Tokens that the cache of a sequence is rounded up to: vLLM's blocks have 16, some attention backends ask for 64."""
 
@@ -164,7 +166,7 @@ def estimate_memory(
         trainable=trainable,
         weights=weights,
         sampler=weights if twice else 0,
-        engine=engine_bytes(config, model, memory, sequences) if vllm and memory and on_gpu else 0,
+        engine=engine_bytes(config, model, sequences) if vllm and on_gpu else 0,
         runtime=2 * RUNTIME if apart and not (vllm and on_gpu) else RUNTIME,
         adapter=adapter,
         gradients=wide * trainable,
@@ -207,17 +209,16 @@ def _vllm_cache(config: Config, token: int, sequences: int) -> tuple[int, int]:
     return given, given
 
 
-def engine_bytes(config: Config, model: Any, memory: Memory, sequences: int) -> int:
+def engine_bytes(config: Config, model: Any, sequences: int) -> int:
     """What vLLM takes beside the weights and the KV cache.
 
-    Activations of a forward pass over as many tokens as its scheduler lets in: the residual, a layer's input and
+    Activations of the largest forward pass: the residual, a layer's input and
     output (3 H), the two halves of the widest layer and their product (3 I). Sampling: logits in the model's type,
     then in float32 the logits, log-probabilities, probabilities and the noise they are compared with.
     """
     size = _element_size(config.model.dtype, True)
     text = model.config.get_text_config()
-    tokens = min(sequences * config.max_model_len, 16384 if _large(memory) else 8192)
-    activations = tokens * 3 * (text.hidden_size + _widest(model)) * size
+    activations = BATCHED_TOKENS * 3 * (text.hidden_size + _widest(model)) * size
     sampling = sequences * text.vocab_size * (size + 4 * 4)
     graphs = 0 if config.rollout.enforce_eager else text.num_hidden_layers * GRAPHS_A_LAYER
     return (
@@ -241,11 +242,8 @@ def _sequences(config: Config, vllm_on: Memory | None) -> int:
         return min(wanted, rollout.max_sequences)
     if evaluation.every:
         wanted = max(wanted, evaluation.max_prompts * evaluation.samples)
-    return min(wanted, 1024 if _large(vllm_on) else 256)
-
-
-def _large(memory: Memory) -> bool:
-    return memory.total >= LARGE_GPU and "a100" not in memory.name.lower()
+    large = vllm_on.total >= LARGE_GPU and "a100" not in vllm_on.name.lower()
+    return min(wanted, 1024 if large else 256)
 
 
 def _in_blocks(length: int) -> int:

@@ -220,14 +220,14 @@ def test_a_given_kv_cache_is_what_there_is_and_must_hold_a_sequence() -> None:
 
 def test_what_vllm_takes_beside_weights_and_cache_by_hand() -> None:
     rollout = {"engine": "vllm", "prompts_per_step": 8, "group_size": 8}
-    pass_ = 16384 * 3 * (2560 + 9728) * 2  # more than the sampler's 64 rows of logits
+    pass_ = 8192 * 3 * (2560 + 9728) * 2  # more than the sampler's 64 rows of logits
     lora = 33_030_144 * 2
     estimate = estimate_memory(configured(QWEN3_4B, rollout=rollout), H200)
-    assert estimate.engine == RUNTIME + 36 * 24 * MIB + pass_ + lora
+    assert estimate.engine == RUNTIME + 36 * 12 * MIB + pass_ + lora
     assert (estimate.runtime, estimate.sampler) == (RUNTIME, 0)
     assert estimate.publication == lora
     eager = estimate_memory(configured(QWEN3_4B, rollout={**rollout, "enforce_eager": True}), H200)
-    assert estimate.engine - eager.engine == 36 * 24 * MIB
+    assert estimate.engine - eager.engine == 36 * 12 * MIB
     many = {"engine": "vllm", "prompts_per_step": 128, "group_size": 8, "enforce_eager": True}
     sampler = 1024 * 151936 * (2 + 4 * 4)
     assert sampler > pass_
@@ -236,8 +236,6 @@ def test_what_vllm_takes_beside_weights_and_cache_by_hand() -> None:
     assert estimate_memory(nf4, H200).engine - estimate.engine == 2560 * 9728 * 2  # one layer dequantized
     slots = configured(QWEN3_4B, rollout={**rollout, "lora_backend": "slots"}, trainer={"lora": {"rank": 24}})
     assert estimate_memory(slots, H200).engine - estimate.engine == lora  # rank 24 in slots of 32
-    few = configured(QWEN3_4B, rollout={**rollout, "prompts_per_step": 1, "group_size": 2})
-    assert estimate.engine - estimate_memory(few, H200).engine == (16384 - 2 * 2560) * 3 * (2560 + 9728) * 2
 
 
 def test_vllm_on_a_cpu_holds_weights_of_its_own() -> None:
