@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +44,8 @@ def run(settings: Settings) -> None:
     backend: Any = settings.lora if settings.lora != "none" else "auto"
     dtype: Any = "bfloat16" if torch.cuda.is_available() else "float32"
     longest = settings.prompt_tokens + settings.new_tokens
+    logging.basicConfig(stream=sys.stdout, format="%(message)s")
+    logging.getLogger("posttrain").setLevel(logging.INFO)
     began = time.perf_counter()
     engine = VllmEngine(
         settings.source,

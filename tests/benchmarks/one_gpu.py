@@ -1,8 +1,8 @@
 """What one GPU with one copy of the weights can do, measured on random weights in the shape of Qwen3-4B.
 
-    python tests/benchmarks/one_gpu.py --only pair --out figures             # start, memory, sleep, agreement, publish, cycles
-    python tests/benchmarks/one_gpu.py --only decode --bases bf16            # tokens a second: no LoRA, dense, slots
-    python tests/benchmarks/one_gpu.py --only step                           # one training step by phase, with a picture
+    python tests/benchmarks/one_gpu.py --only pair       # start, memory, storage, sleep, agreement, publishing, cycles
+    python tests/benchmarks/one_gpu.py --only decode     # tokens a second: no LoRA, dense, slots
+    python tests/benchmarks/one_gpu.py --only step       # one training step by phase, with a picture
 
 Each case (a base, and what else a measurement varies) is a process of its own with a time limit; a figure is printed as
 a JSON line the moment it is there, and everything again as Markdown tables at the end. ``--seconds`` is the limit of a
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import processes
 from random_checkpoint import SHAPES
-from report import Record, emit, records, tables
+from report import Record, emit, records, short, tables
 
 HERE = Path(__file__).resolve().parent
 GIB = 2**30
@@ -39,14 +39,13 @@ TARGETS = {
     "cycles.greedy_unchanged": "True",
 }
 """Beside the figures' names in the tables."""
-PHASES = {
-    "model_load_s": r"Model loading took .*?([\d.]+) seconds",
-    "weights_s": r"Loading weights took ([\d.]+) seconds",
-    "compile_s": r"torch\.compile took ([\d.]+) s",
-    "graphs_s": r"Graph capturing finished in ([\d.]+) secs",
-    "profile_cache_warmup_s": r"init engine .*? took ([\d.]+) s",
+STARTED = re.compile(r"vLLM started in ([\d.]+) s: (.*)")
+"""What our engine logs of its start: the whole, then every phase."""
+INSIDE = {
+    "of it torch.compile": re.compile(r"torch\.compile took ([\d.]+) s"),
+    "of it graphs": re.compile(r"Graph capturing finished in ([\d.]+) secs"),
 }
-"""What vLLM's log says of its start; a phase lies within another where the names say so."""
+"""What vLLM logs of two of them."""
 
 
 def cases(options: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
@@ -82,7 +81,7 @@ def measure(options: argparse.Namespace) -> list[Record]:
         job = processes.start(name, command, options.out / f"{name.replace(' ', '_')}.log", environment)
         status = processes.run(job, limit)
         text = job.log.read_text(errors="replace")
-        mine = [*records(text), *_start_phases(name, text)]
+        mine = [*records(text), *start_phases(name, text)]
         for record in mine:
             print(record, flush=True)
         if status != 0:
@@ -94,10 +93,22 @@ def measure(options: argparse.Namespace) -> list[Record]:
     return found
 
 
-def _start_phases(name: str, log: str) -> list[Record]:
-    seconds = {phase: re.search(pattern, log) for phase, pattern in PHASES.items()}
-    figures = {phase: float(match[1]) for phase, match in seconds.items() if match}
-    return [{"measurement": "vLLM's start", "case": name, **figures}] if figures else []
+def start_phases(name: str, log: str) -> list[Record]:
+    """Seconds of each phase of an engine's start, out of a log."""
+    started = STARTED.search(log)
+    if started is None:
+        return []
+    phases = [phase.rpartition(" ") for phase in started[2].strip().split(", ")]
+    found = {title: match for title, pattern in INSIDE.items() if (match := pattern.search(log))}
+    return [
+        {
+            "measurement": "engine start, seconds",
+            "case": name,
+            "whole": float(started[1]),
+            **{phase: float(seconds) for phase, _, seconds in phases},
+            **{title: float(match[1]) for title, match in found.items()},
+        }
+    ]
 
 
 def child(options: argparse.Namespace) -> None:
@@ -127,12 +138,8 @@ def child(options: argparse.Namespace) -> None:
                 )
             )
     except Exception as error:
-        emit(kind, f"{options.base} {options.lora if kind == 'decode' else ''}".strip(), error=_short(error))
+        emit(kind, f"{options.base} {options.lora if kind == 'decode' else ''}".strip(), error=short(error))
         raise
-
-
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or '–').splitlines()[0][:160]}"
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -141,9 +148,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bases", nargs="+", default=["bf16", "nf4", "fp8"], choices=["bf16", "nf4", "fp8"])
     parser.add_argument("--loras", nargs="+", default=["none", "dense", "slots"], choices=["none", "dense", "slots"])
     parser.add_argument("--places", nargs="+", default=["in-process"], choices=["in-process", "subprocess"])
-    parser.add_argument(
-        "--staleness", nargs="+", type=int, default=[0, 1], help="of the step: 0 in turns, 1 overlapped"
-    )
+    parser.add_argument("--staleness", nargs="+", type=int, default=[0, 1], help="of a step: 0 in turns, 1 overlapped")
     parser.add_argument("--shape", default="qwen3-4b", choices=list(SHAPES))
     parser.add_argument("--model", type=Path, help="folder of the checkpoint; written there if it is not there yet")
     parser.add_argument("--out", type=Path, default=Path("one_gpu"), help="folder for logs, figures and pictures")

@@ -20,7 +20,7 @@ from report import attempt, emit
 
 from posttrain.rl.algorithms import parse
 from posttrain.rl.batching import BatchSettings, plan
-from posttrain.rl.config import ModelConfig, RolloutConfig, TrainerConfig
+from posttrain.rl.config import LoraConfig, ModelConfig, RolloutConfig, TrainerConfig
 from posttrain.rl.sharing import opened
 from posttrain.rl.types import (
     Completion,
@@ -105,9 +105,7 @@ class Session:
         began = time.perf_counter()
         self.engine = Remote(share)
         process = time.perf_counter() - began
-        rollout: Any = RolloutConfig(
-            max_model_len=1024, enforce_eager=settings.eager, lora_backend=settings.lora_backend
-        )
+        rollout = RolloutConfig(max_model_len=1024, enforce_eager=settings.eager, lora_backend="dense")
         seconds = self.engine.build(
             partial(
                 VllmEngine,
@@ -129,7 +127,10 @@ class Session:
         export_s = self.engine.last_seconds
         self.trainer = Remote(share)
         before = settled_mib()
-        config = TrainerConfig(lora={"rank": RANK, "alpha": 32})  # type: ignore[arg-type]
+        # vLLM's CPU build keeps its weights to itself
+        config = TrainerConfig(
+            lora=LoraConfig(rank=RANK, alpha=32), copy_repacked_weights=not torch.cuda.is_available()
+        )
         seconds = self.trainer.build(
             partial(TrainerProbe, self.settings.source, self.settings.model, config, seed=0, shared=self.shared)
         )

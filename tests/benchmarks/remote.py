@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +19,8 @@ class _Host:
 
     def __init__(self) -> None:
         self._target: Any = None
+        logging.basicConfig(stream=sys.stdout, format="%(message)s")
+        logging.getLogger("posttrain").setLevel(logging.INFO)  # the phases of the engine's start, among others
 
     def ready(self) -> int:
         return os.getpid()

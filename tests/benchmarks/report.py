@@ -26,7 +26,13 @@ def attempt(measurement: str, case: str) -> Iterator[None]:
         yield
     except Exception as error:
         traceback.print_exc(file=sys.stdout)
-        emit(measurement, case, error=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}")
+        emit(measurement, case, error=short(error))
+
+
+def short(error: Exception) -> str:
+    """Kind and first line; of an error in a Ray actor those of what was raised there."""
+    inner = getattr(error, "cause", None) or error
+    return f"{type(inner).__name__}: {(str(inner).strip() or 'no message').splitlines()[0][:200]}"
 
 
 def records(text: str) -> list[Record]:
