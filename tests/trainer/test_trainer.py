@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import replace
 from itertools import pairwise
 
@@ -11,7 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from posttrain.rl import algorithms, metrics
-from posttrain.rl.errors import EngineError
+from posttrain.rl.config import ModelConfig, TrainerConfig
+from posttrain.rl.errors import EngineError, OutOfMemory
+from posttrain.trainer.trainer import Trainer
 
 from .tiny import VOCABULARY, gradients, packed, save_tiny, sequences, step_params, trainer_of, wake_adapter
 
@@ -324,3 +327,105 @@ def test_close_twice_and_memory(folder):
     assert 0.01 < trainer.memory()["peak_memory_gib"] < 100
     trainer.close()
     trainer.close()
+
+
+class Exhausted:
+    """The algorithm whose n-th call finds no memory; remembers what the call held."""
+
+    needs_entropy_gradient = True
+
+    def __init__(self, call, message="CUDA out of memory. Tried to allocate 2.00 GiB", kind=torch.OutOfMemoryError):
+        self.left, self.message, self.kind, self.held = call, message, kind, None
+
+    def loss(self, inputs):
+        self.left -= 1
+        if self.left == 0:
+            self.held = weakref.ref(inputs.logprobs)
+            raise self.kind(self.message)
+        return algorithms.parse("grpo").loss(inputs)
+
+
+def test_out_of_memory_says_how_large_the_micro_batch_was_and_keeps_nothing(folder):
+    trainer = trainer_of(folder)
+    wake_adapter(trainer)
+    made = sequences(LENGTHS)
+    batches = [packed(made[:4], made, 2), packed(made[4:], made, 2)]
+    trainer.forward_backward(batches, algorithms.parse("grpo"))
+    expected = gradients(trainer)
+    weights = trainer.export_adapter().tensors
+    exhausted = Exhausted(2)
+    with pytest.raises(OutOfMemory, match=r"a micro-batch of 18 tokens: CUDA out of memory\. Tried") as caught:
+        trainer.forward_backward(batches, exhausted)
+    assert exhausted.held() is None, "the failed pass is still held"
+    assert caught.value.__cause__ is None and caught.value.__context__ is None
+    trainer.clear_gradients()
+    assert all(weight.grad is None for weight in trainer._weights.values())
+    assert all(torch.equal(weights[name], weight) for name, weight in trainer.export_adapter().tensors.items())
+    trainer.forward_backward(batches, algorithms.parse("grpo"))
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients(trainer).items())
+
+
+@pytest.mark.parametrize("verb", ["score", "optim_step"])
+def test_out_of_memory_elsewhere_is_named_too(folder, monkeypatch, verb):
+    trainer = trainer_of(folder)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    monkeypatch.setattr(trainer._model, "logprobs", fail)
+    monkeypatch.setattr(trainer._optimizer, "step", fail)
+    if verb == "score":
+        with pytest.raises(OutOfMemory, match=r"a micro-batch of 9 tokens: .*ALLOC_FAILED"):
+            trainer.score([packed(sequences([9]))])
+    else:
+        with pytest.raises(OutOfMemory, match="the optimizer step"):
+            trainer.optim_step(step_params())
+        assert trainer.policy_version == 0
+
+
+def test_other_runtime_errors_pass_unchanged(folder):
+    wrong = Exhausted(1, "mat1 and mat2 shapes cannot be multiplied", RuntimeError)
+    with pytest.raises(RuntimeError, match="^mat1 and mat2 shapes cannot be multiplied$") as caught:
+        trainer_of(folder).forward_backward([packed(sequences([9]))], wrong)
+    assert type(caught.value) is RuntimeError
+
+
+def test_clear_gradients_reaches_the_float32_masters(folder):
+    trainer = trainer_of(folder, "bfloat16", method="full")
+    trainer.forward_backward([packed(sequences(LENGTHS))], algorithms.parse("grpo"))
+    assert any(master.grad is not None for master in trainer._optimizer.targets().values())
+    trainer.clear_gradients()
+    assert all(master.grad is None for master in trainer._optimizer.targets().values())
+
+
+class TwoRanks:
+    """Stands for a second trainer with the same gradients."""
+
+    def __init__(self):
+        self.calls = []
+
+    def connect(self, device):
+        self.calls.append(("connect", device.type))
+
+    def sum_gradients(self, weights):
+        self.calls.append(("sum", len(weights)))
+        for weight in weights.values():
+            weight.grad.mul_(2)
+
+    def close(self):
+        self.calls.append(("close",))
+
+
+def test_gradients_are_summed_over_the_ranks_before_clipping(folder):
+    ranks = TwoRanks()
+    model = ModelConfig(name=str(folder), dtype="float64")
+    trainer = Trainer(folder, model, TrainerConfig(device="cpu"), seed=0, ranks=ranks)
+    alone = trainer_of(folder)
+    for one in (trainer, alone):
+        wake_adapter(one)
+        one.forward_backward([packed(sequences(LENGTHS))], algorithms.parse("grpo"))
+    norms = [one.optim_step(step_params(max_grad_norm=1e-3)).grad_norm for one in (trainer, alone)]
+    assert norms[0] == pytest.approx(2 * norms[1], rel=1e-12)
+    trainer.close()
+    trainer.close()
+    assert ranks.calls == [("connect", "cpu"), ("sum", 28), ("close",)]
