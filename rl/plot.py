@@ -1,4 +1,4 @@
-"""The reward curve as a picture."""
+"""Pictures of a run: the reward curve, and the phases of one step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from posttrain.rl.errors import CheckpointError
 from posttrain.rl.run_dir import RunDir
+
+PHASES = {
+    "rollout": "tab:blue",
+    "reward": "tab:cyan",
+    "sleep": "tab:gray",
+    "wait": "lightgray",
+    "train": "tab:orange",
+    "score": "navajowhite",
+    "forward_backward": "sandybrown",
+    "optim_step": "chocolate",
+    "publish": "tab:green",
+    "export": "lightgreen",
+    "load": "mediumseagreen",
+    "wake": "tab:gray",
+    "evaluate": "tab:purple",
+    "log": "tab:olive",
+    "save": "tab:brown",
+}
+"""Colour of each phase, from the top row down."""
 
 
 def series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
@@ -53,3 +73,34 @@ def write_reward_plot(run: RunDir) -> Path:
     figure.savefig(partial, format="png")
     partial.replace(run.plot_file)
     return run.plot_file
+
+
+def write_timeline_plot(run: RunDir, step: int, path: Path) -> None:
+    """When each phase of ``step`` ran, in seconds since the step's first, as a PNG.
+
+    Raises ``CheckpointError`` where the run has no spans of that step.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    spans = run.timeline(step)
+    if not spans:
+        raise CheckpointError(f"{run.timeline_file}: nothing about step {step}")
+    began = min(span.start for span in spans)
+    found = {span.name for span in spans}
+    names = [name for name in PHASES if name in found] + sorted(found - set(PHASES))
+    figure = Figure(figsize=(8, 0.6 + 0.3 * len(names)), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for row, name in enumerate(names):
+        bars = [(span.start - began, span.stop - span.start) for span in spans if span.name == name]
+        axes.broken_barh(bars, (row - 0.4, 0.8), color=PHASES.get(name, "black"))
+        axes.annotate(f" {sum(width for _, width in bars):.2f} s", (sum(bars[-1]), row), va="center", fontsize=8)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.margins(x=0.08)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("seconds")
+    axes.set_title(f"step {step}")
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, format="png")

@@ -60,16 +60,16 @@ class Timeline:
     def span(self, name: str) -> Iterator[None]:
         """Record what happens inside; an exception is recorded like any other end."""
         key = object()
-        self._open[key] = (name, self._now())
+        self._open[key] = (name, self.now())
         try:
             yield
         finally:
             _, start = self._open.pop(key)
-            self._closed.append(Span(name, start, self._now()))
+            self._closed.append(Span(name, start, self.now()))
 
     def cut(self) -> Window:
         """The time since the last cut. A span that is still open is in it up to now, and goes on in the next."""
-        start, stop = self._cut_at, self._now()
+        start, stop = self._cut_at, self.now()
         running = [Span(name, began, stop) for name, began in self._open.values()]
         pieces: dict[str, list[tuple[float, float]]] = {}
         for span in sorted([*self._closed, *running], key=lambda span: span.start):
@@ -78,7 +78,8 @@ class Timeline:
         self._closed, self._cut_at = [], stop
         return Window(start, stop, tuple(sorted(spans, key=lambda span: span.start)))
 
-    def _now(self) -> float:
+    def now(self) -> float:
+        """Seconds since the timeline began."""
         return self._clock() - self._began
 
 

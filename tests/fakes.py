@@ -78,20 +78,33 @@ class FakeSampler(_Fake):
         self.awake = True
         self.corrupt = False
         """Report another fingerprint than that of what was loaded."""
+        self.open_streams = 0
+        """Streams that were begun and neither ended nor closed."""
 
     async def sample(self, prompts: Sequence[Prompt], n: int, params: SamplingParams) -> list[list[Completion]]:
-        assert self.awake, "asked to sample while asleep"
-        version = self.version
-        self.events.append(("sample", tuple(prompt.id for prompt in prompts), version))
-        await self._call("sample")
-        assert self.version == version, "weights were changed inside a batch"
-        return [[completion(f"{p.id}/{i}@{version}", version, 1 + i % 3) for i in range(n)] for p in prompts]
+        drawn = {index: completions async for index, completions in self.stream(prompts, n, params)}
+        return [drawn[index] for index in range(len(prompts))]
 
     async def stream(
         self, prompts: Sequence[Prompt], n: int, params: SamplingParams
     ) -> AsyncIterator[tuple[int, list[Completion]]]:
-        for index, completions in enumerate(await self.sample(prompts, n, params)):
-            yield index, completions
+        """``before`` hears ``sample`` once and ``group`` for each; ``pauses`` shuffle the groups too."""
+        assert self.awake, "asked to sample while asleep"
+        version = self.version
+        self.events.append(("sample", tuple(prompt.id for prompt in prompts), version))
+        self.open_streams += 1
+        try:
+            await self._call("sample")
+            order = list(range(len(prompts)))
+            if self._pauses:
+                self._pauses.shuffle(order)
+            for index in order:
+                await self._call("group")
+                assert self.awake and self.version == version, "put to sleep, or given other weights, inside a batch"
+                name = prompts[index].id
+                yield index, [completion(f"{name}/{i}@{version}", version, 1 + i % 3) for i in range(n)]
+        finally:
+            self.open_streams -= 1
 
     async def load_adapter(self, adapter: Publication) -> str:
         assert isinstance(adapter, Adapter)
@@ -103,10 +116,12 @@ class FakeSampler(_Fake):
     async def sleep(self) -> None:
         await self._call("sleep")
         self.awake = False
+        self.events.append(("sleep",))
 
     async def wake(self) -> None:
         await self._call("wake")
         self.awake = True
+        self.events.append(("wake",))
 
 
 class FakeLearner(_Fake):

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 
 from posttrain.rl.timeline import Window
 
+ALWAYS = ("wake", "sleep", "train", "publish")
+"""Phases with a figure in every line, be it 0."""
+
 
 def performance(
     values: Mapping[str, float], window: Window, memory: Mapping[str, float], group_size: int
@@ -14,7 +17,7 @@ def performance(
 
     ``rollout`` and ``reward`` are left to the batch: where generation runs ahead, the window holds those of another.
     """
-    phases = window.phases()
+    phases = dict.fromkeys(ALWAYS, 0.0) | window.phases()
     seconds = window.seconds - phases.get("evaluate", 0.0)
     samples = values.get("rollout/groups", 0.0) * group_size
     return {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -60,12 +59,12 @@ class Draws:
 
         async def score(index: int, completions: Sequence[Completion]) -> None:
             async with room:
-                started = time.perf_counter()
+                started = timeline.now()
                 with timeline.span("reward"):
                     [scored[index]] = await self.rubric.score([(prompts[index], completions)], step=step)
-                worked.append((started, time.perf_counter()))
+                worked.append((started, timeline.now()))
 
-        began = time.perf_counter()
+        began = timeline.now()
         try:
             async with asyncio.TaskGroup() as scoring:
                 stream = self.sampler.stream(prompts, self.group_size, self.params)
@@ -76,7 +75,7 @@ class Draws:
                 finally:
                     if isinstance(stream, AsyncGenerator):
                         await stream.aclose()
-                drawn = time.perf_counter()
+                drawn = timeline.now()
                 if sampled is not None:
                     await sampled()
         except ExceptionGroup as failures:  # the first is the cause; the rest were cancelled because of it

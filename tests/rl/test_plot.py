@@ -1,4 +1,4 @@
-"""The reward curve."""
+"""The reward curve, and the phases of a step."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.rl.plot import series, smooth, write_reward_plot
+from posttrain.rl.errors import CheckpointError
+from posttrain.rl.plot import series, smooth, write_reward_plot, write_timeline_plot
 from posttrain.rl.run_dir import RunDir
+from posttrain.rl.timeline import Span
 
 
 def test_series_leaves_out_steps_without_the_metric() -> None:
@@ -37,3 +39,27 @@ def test_a_png_is_written(tmp_path: Path, steps: int) -> None:
     blue = (pixels[..., 2] > 0.6) & (pixels[..., 0] < 0.3)  # the reward line
     assert (blue.sum() > 500) == (steps == 30)
     assert not list(tmp_path.rglob(".partial*"))
+
+
+def test_the_timeline_of_a_step_is_drawn_to_scale(tmp_path: Path) -> None:
+    """Rollout takes three quarters of the step and training one quarter, so their bars are 3 : 1."""
+    run = RunDir.create(tmp_path, "run", {})
+    run.append_timeline(1, [Span("rollout", 0.0, 4.0)])
+    run.append_timeline(2, [Span("rollout", 10.0, 16.0), Span("train", 16.0, 18.0)])
+    write_timeline_plot(run, 2, tmp_path / "step.png")
+    from matplotlib.image import imread
+
+    pixels = imread(tmp_path / "step.png")[..., :3]
+
+    def width(color: tuple[float, float, float]) -> int:
+        return int((abs(pixels - color) < 0.02).all(-1).any(0).sum())
+
+    rollout, train = width((0x1F / 255, 0x77 / 255, 0xB4 / 255)), width((1.0, 0x7F / 255, 0x0E / 255))
+    assert rollout > 300 and rollout / train == pytest.approx(3, rel=0.05)
+
+
+def test_a_step_without_spans_has_no_picture(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path, "run", {})
+    with pytest.raises(CheckpointError, match=r"timeline\.jsonl: nothing about step 3"):
+        write_timeline_plot(run, 3, tmp_path / "step.png")
+    assert not (tmp_path / "step.png").exists()

@@ -18,6 +18,7 @@ import pytest
 
 from posttrain.rl.errors import CheckpointError, ConfigError
 from posttrain.rl.run_dir import RunDir
+from posttrain.rl.timeline import Span
 
 
 @pytest.fixture
@@ -260,6 +261,7 @@ def test_a_path_is_found_as_a_run_or_as_one_of_its_checkpoints(run: RunDir) -> N
 WRITER = """
 import json, os, sys
 from posttrain.rl.run_dir import RunDir
+from posttrain.rl.timeline import Span
 run = RunDir.open(sys.argv[1])
 print("ready", flush=True)
 step = int(sys.argv[2])
@@ -410,3 +412,31 @@ def test_metrics_can_be_read_while_they_are_written(run: RunDir) -> None:
         seen = max(seen, len(rows))
     thread.join()
     assert len(run.metrics()) == 300 >= seen
+
+
+# -- timeline ----------------------------------------------------------------------------------------------------------
+
+
+def test_spans_of_each_step_on_a_line(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path, "run", {})
+    first, second = [Span("rollout", 0.5, 2.25)], [Span("rollout", 3.0, 4.5), Span("train", 4.5, 5.0000004)]
+    run.append_timeline(1, first)
+    run.append_timeline(2, second)
+    lines = (run.path / "logs" / "timeline.jsonl").read_text().splitlines()
+    assert json.loads(lines[1]) == {"step": 2, "spans": [["rollout", 3.0, 4.5], ["train", 4.5, 5.0]]}
+    assert run.timeline(1) == first
+    assert run.timeline(2) == [Span("rollout", 3.0, 4.5), Span("train", 4.5, 5.0)]
+    assert run.timeline(3) == []
+
+
+def test_spans_of_steps_to_be_repeated_are_forgotten_and_a_torn_line_is_cut(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path, "run", {})
+    for step in (1, 2, 3):
+        run.append_timeline(step, [Span("train", float(step), step + 0.5)])
+    run.truncate_after(2)
+    assert [len(run.timeline(step)) for step in (1, 2, 3)] == [1, 1, 0]
+    with run.timeline_file.open("a") as file:
+        file.write('{"step": 3, "sp')
+    again = RunDir.open(run.path)
+    again.append_timeline(3, [Span("train", 9.0, 9.5)])
+    assert again.timeline(3) == [Span("train", 9.0, 9.5)]

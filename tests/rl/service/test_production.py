@@ -175,3 +175,41 @@ def test_figures_can_be_merged_after_the_round_trip() -> None:
     values = metrics.values(metrics.merge([figures, more]))
     assert values["reward/std"] == Std.of([0.1, 0.2, 1 / 3, 4.0]).value()
     assert values["reward/mean"] == (0.1 + 0.2 + 4.0) / 4
+
+
+@pytest.mark.parametrize(
+    ("rows_tied", "refills", "before_rest"),
+    [
+        ((), 2, 1),  # nothing is missing after the first draw
+        ((0,), 2, 2),  # one prompt is replaced
+        ((0, 1, 2, 3, 4, 5, 6), 2, 3),  # every refill is spent
+        ((0, 1), 0, 1),
+    ],
+)
+async def test_the_sampler_rests_once_and_only_when_nothing_more_can_be_drawn(rows_tied, refills, before_rest) -> None:
+    settings = config(data={"shuffle": False}, max_refills=refills, algorithm=DYNAMIC)
+    producer, sampler, _ = producer_of(settings, tied_on(*rows_tied))
+    rests = []
+
+    async def rest() -> None:
+        rests.append(len(sampler.events))
+
+    await producer.produce(1, Timeline(), rest)
+    assert rests == [before_rest] and len(sampler.events) == before_rest
+
+
+async def test_seconds_of_refills_add_up() -> None:
+    settings = config(data={"shuffle": False}, prompts_per_step=2, algorithm=DYNAMIC)
+    producer, sampler, _ = producer_of(settings, tied_on(0))
+    clock = 0.0
+
+    async def pass_time(name: str) -> None:
+        nonlocal clock
+        clock += {"sample": 10.0, "group": 1.0}[name]
+
+    async def rest() -> None:
+        """The sampler may stay awake here."""
+
+    sampler.before = pass_time
+    batch = await producer.produce(1, Timeline(lambda: clock), rest)
+    assert metrics.values(batch.metrics)["time/rollout_s"] == 12.0 + 11.0
