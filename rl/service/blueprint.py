@@ -57,10 +57,13 @@ def uses_ray(config: Config) -> bool:
 def check_installed(config: Config) -> None:
     """Before anything loads: raise ``EngineError`` where the engine or the optimizer cannot run on this machine."""
     engine_name(config)
-    if config.trainer.optimizer == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
-        raise EngineError(
-            'trainer.optimizer = "adamw_8bit" needs bitsandbytes: pip install "posttrain[bnb]", or use "adamw"'
-        )
+    needs = {
+        'trainer.optimizer = "adamw_8bit"': (config.trainer.optimizer == "adamw_8bit", '"adamw"'),
+        'model.quantization = "nf4"': (config.model.quantization == "nf4", '"fp8" or "none"'),
+    }
+    for setting, (wanted, instead) in needs.items():
+        if wanted and importlib.util.find_spec("bitsandbytes") is None:
+            raise EngineError(f'{setting} needs bitsandbytes: pip install "posttrain[bnb]", or use {instead}')
 
 
 def cpu_threads(config: Config, source: str) -> int:

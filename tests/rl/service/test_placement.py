@@ -248,3 +248,5 @@ def test_an_optimizer_that_is_not_installed_is_refused_before_anything_loads(mon
     check_installed(from_settings(**settings(optimizer="adamw")))
     with pytest.raises(EngineError, match=r"adamw_8bit.*posttrain\[bnb\]"):
         check_installed(from_settings(**settings(optimizer="adamw_8bit")))
+    with pytest.raises(EngineError, match=r"nf4.*posttrain\[bnb\].*fp8"):
+        check_installed(from_settings(**settings(quantization="nf4")))
