@@ -5,6 +5,7 @@ Every loss is divided by the counts of the whole optimizer step, so the sum over
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,6 +20,7 @@ CONNECT_TIMEOUT = timedelta(minutes=10)
 """How long a trainer waits for the others to load their models."""
 SUM_TIMEOUT = timedelta(minutes=2)
 """How long a sum may take; ranks enter it together, once every one has its gradients."""
+_CALLED_OFF = "called off"
 
 
 class Rendezvous:
@@ -31,6 +33,10 @@ class Rendezvous:
         self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         self.ranks = [Ranks(rank, world_size, host, self._store.port) for rank in range(world_size)]
         """One for each trainer."""
+
+    def call_off(self) -> None:
+        """One of them could not be built: those that wait for it give up."""
+        self._store.set(_CALLED_OFF, "")
 
 
 @dataclass(slots=True)
@@ -49,8 +55,7 @@ class Ranks:
         on_gpu = device.type == "cuda"
         try:
             store = dist.TCPStore(self.host, self.port, is_master=False, timeout=CONNECT_TIMEOUT)
-            store.set(f"here/{self.rank}", "")
-            store.wait([f"here/{rank}" for rank in range(self.world_size)], CONNECT_TIMEOUT)
+            self._await_others(store)
             dist.init_process_group(
                 "nccl" if on_gpu else "gloo",
                 store=store,
@@ -91,6 +96,17 @@ class Ranks:
         self._buffer = None
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def _await_others(self, store: dist.Store) -> None:
+        store.set(f"here/{self.rank}", "")
+        expected = [f"here/{rank}" for rank in range(self.world_size)]
+        deadline = time.monotonic() + CONNECT_TIMEOUT.total_seconds()
+        while not store.check(expected):
+            if store.check([_CALLED_OFF]):
+                raise RuntimeError("another one could not be built")
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"they did not come within {CONNECT_TIMEOUT}")
+            time.sleep(0.02)
 
     def _flat(self, weights: Mapping[str, nn.Parameter]) -> Tensor:
         """Room for every gradient and one flag a weight, allocated once: a rank that runs out of memory in the middle

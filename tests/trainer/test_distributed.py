@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
@@ -131,6 +132,18 @@ def test_a_trainer_that_is_left_alone_says_so(monkeypatch):
     del meeting
     with pytest.raises(EngineError, match="trainer 0 of 2 did not find the others"):
         Ranks(0, 2, "127.0.0.1", port).connect(torch.device("cpu"))
+
+
+def test_the_others_do_not_wait_for_a_trainer_that_could_not_be_built():
+    meeting = Rendezvous(3)
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(ranks.connect, torch.device("cpu")) for ranks in meeting.ranks[:2]]
+        time.sleep(0.1)
+        assert not any(future.done() for future in waiting)
+        meeting.call_off()
+        for future in waiting:
+            with pytest.raises(EngineError, match="another one could not be built"):
+                future.result(timeout=20)
 
 
 ALGORITHMS = {
