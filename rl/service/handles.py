@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from posttrain.rl.errors import OutOfMemory
 from posttrain.rl.types import (
     Adapter,
     Completion,
@@ -40,8 +42,21 @@ class Caller(Protocol):
         ...
 
 
+class SamplerOutOfMemory(OutOfMemory):
+    """The engine's memory ran out, not the trainer's: it has to start again with less room."""
+
+
+@contextmanager
+def of_sampler() -> Iterator[None]:
+    """What runs out of memory inside is the sampler."""
+    try:
+        yield
+    except OutOfMemory as error:
+        raise SamplerOutOfMemory(str(error)) from None
+
+
 class SamplerHandle:
-    """``Sampler`` over an ``Engine``."""
+    """``Sampler`` over an ``Engine``; raises ``SamplerOutOfMemory``."""
 
     def __init__(self, call: Caller) -> None:
         self._call = call
@@ -49,17 +64,21 @@ class SamplerHandle:
 
     async def sample(self, prompts: Sequence[Prompt], n: int, params: SamplingParams) -> list[list[Completion]]:
         """See ``Sampler``."""
-        return await self._call("generate", prompts, n, params)
+        with of_sampler():
+            return await self._call("generate", prompts, n, params)
 
-    def stream(
+    async def stream(
         self, prompts: Sequence[Prompt], n: int, params: SamplingParams
     ) -> AsyncIterator[tuple[int, list[Completion]]]:
         """See ``Sampler``."""
-        return self._call.stream("stream", prompts, n, params)
+        with of_sampler():
+            async for drawn in self._call.stream("stream", prompts, n, params):
+                yield drawn
 
     async def load_adapter(self, adapter: Publication) -> str:
         """See ``Sampler``."""
-        return await self._call("load_adapter", adapter)
+        with of_sampler():
+            return await self._call("load_adapter", adapter)
 
     async def sleep(self) -> None:
         """See ``Sampler``."""
@@ -67,7 +86,8 @@ class SamplerHandle:
 
     async def wake(self) -> None:
         """See ``Sampler``."""
-        await self._call("wake")
+        with of_sampler():
+            await self._call("wake")
 
     async def close(self) -> None:
         """See ``Sampler``."""

@@ -23,8 +23,10 @@ class Stops:
         self._say: Callable[[str], None] | None = None
 
     def connect(self, ask: Callable[[], None], say: Callable[[str], None]) -> None:
-        """From now on there is something to save."""
+        """From now on there is something to save; what was asked before is passed on."""
         self._ask, self._say = ask, say
+        if self.requested:
+            ask()
 
     def request(self) -> bool:
         """Ask the loop to stop; false where that is of no use: asked already, or nothing to save yet."""

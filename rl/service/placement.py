@@ -10,10 +10,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from posttrain.rl.errors import ActorDied, OutOfMemory
+from posttrain.rl.errors import ActorDied
 from posttrain.rl.service.blueprint import Blueprint
 from posttrain.rl.service.groups import LearnerGroup, SamplerGroup
-from posttrain.rl.service.handles import LearnerHandle, SamplerHandle
+from posttrain.rl.service.handles import LearnerHandle, SamplerHandle, SamplerOutOfMemory, of_sampler
 
 if TYPE_CHECKING:
     from posttrain.rl.config import Config
@@ -99,24 +99,24 @@ class Placement:
         else:
             self.sampler, self.learner = samplers[0], learners[0]
 
-    async def recover(self, error: ActorDied | OutOfMemory) -> None:
+    async def recover(self, error: ActorDied | SamplerOutOfMemory) -> None:
         """Rebuild what ``error`` has made useless; engines that live keep the base weights they have loaded.
 
         Trainers always start anew, all of them: they depend on one another, and on the weights of their engines. When
         a sampler ran out of memory, all engines start anew with half the room.
         """
         lost = set(self._samplers)
-        if isinstance(error, OutOfMemory):
+        if isinstance(error, SamplerOutOfMemory):
             self._blueprint = self._blueprint.halved()
         elif not self._blueprint.trainer_lends:
             lost = {pair for pair, host in self._samplers.items() if not await _serves(host, error)}
-        await _each(Host.close, self._trainers.values())
-        await _each(Host.close, [self._samplers.pop(pair) for pair in lost])
+        await _each(_close, self._trainers.values())
+        await _each(_close, [self._samplers.pop(pair) for pair in lost])
         await self.start()
 
-    def remedy(self, error: ActorDied | OutOfMemory) -> str:
+    def remedy(self, error: ActorDied | SamplerOutOfMemory) -> str:
         """What ``recover`` is going to do."""
-        if isinstance(error, OutOfMemory):
+        if isinstance(error, SamplerOutOfMemory):
             before, after = self._blueprint.room, self._blueprint.room.halved()
             return f"sampler and trainer start again, with {after.describe()} in place of {before.describe()}"
         if error.actor.startswith("trainer") and not self._blueprint.trainer_lends:
@@ -125,8 +125,8 @@ class Placement:
 
     async def close(self) -> None:
         """Close everything; trainers first, since they may hold the engines' weights."""
-        await _each(Host.close, self._trainers.values())
-        await _each(Host.close, self._samplers.values())
+        await _each(_close, self._trainers.values())
+        await _each(_close, self._samplers.values())
 
     def _meet(self, count: int) -> None:
         """Where several trainers find each other; a group that starts again needs another place."""
@@ -137,12 +137,18 @@ class Placement:
 
     async def _make_sampler(self, pair: int) -> None:
         base = await self._trainers[pair]("base_weights") if self._blueprint.trainer_lends else None
-        await self._samplers[pair].make(self._blueprint.make_sampler(base))
+        with of_sampler():
+            await self._samplers[pair].make(self._blueprint.make_sampler(base))
 
     async def _make_trainer(self, pair: int) -> None:
         shared = await self._samplers[pair]("export_weights") if self._blueprint.engine_lends else None
         ranks = self._rendezvous.ranks[pair] if self._rendezvous else None
-        await self._trainers[pair].make(self._blueprint.make_trainer(shared, ranks))
+        try:
+            await self._trainers[pair].make(self._blueprint.make_trainer(shared, ranks))
+        except BaseException:
+            if self._rendezvous:
+                self._rendezvous.call_off()
+            raise
 
     def _name(self, what: str, pair: int) -> str:
         return what if self._blueprint.config.gpus == 1 else f"{what} {pair}"
@@ -153,11 +159,23 @@ async def _serves(sampler: Host, error: ActorDied) -> bool:
     return sampler.name != error.actor and await sampler.alive()
 
 
+async def _close(host: Host) -> None:
+    await host.close()
+
+
 async def _each(call: Callable[[T], Awaitable[None]], of: Iterable[T]) -> None:
-    """For all at once; when all have ended the first failure is raised."""
-    for outcome in await asyncio.gather(*map(call, of), return_exceptions=True):
-        if isinstance(outcome, BaseException):
-            raise outcome
+    """For all at once; when all have ended, the failure that came first is raised."""
+    failures: list[Exception] = []
+
+    async def one(item: T) -> None:
+        try:
+            await call(item)
+        except Exception as error:
+            failures.append(error)
+
+    await asyncio.gather(*map(one, of))
+    if failures:
+        raise failures[0]
 
 
 @asynccontextmanager
