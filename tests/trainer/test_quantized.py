@@ -260,3 +260,37 @@ def test_checksum_sees_quantized_bits_and_their_scale(folder, scheme, state):
 def test_full_fine_tuning_of_a_quantized_base_is_refused(folder):
     with pytest.raises(EngineError, match=r'cannot train nf4 weights.*trainer\.method = "lora"'):
         trainer_of(folder, "nf4", method="full")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["nf4", "one", "bare", "row", "block", "transposed"])
+def test_a_gpu_dequantizes_to_the_same_bits(kind, dtype):
+    for shape in [(40, 64), (130, 300), (256, 128)]:
+        if kind == "nf4":
+            layer = quantized(random(*shape, dtype=dtype), "nf4")
+        else:
+            layer = fp8_layer(shape, "row" if kind == "transposed" else kind, dtype, kind == "transposed")
+        expected = layer.dequantized(dtype)
+        assert torch.equal(layer.to("cuda").dequantized(dtype).cpu(), expected), shape
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 7, 300])
+def test_nf4_on_a_gpu_equals_the_layer_of_bitsandbytes(dtype, tokens):
+    dense = nn.Linear(256, 512, bias=False, dtype=dtype)
+    theirs = bitsandbytes.nn.Linear4bit(256, 512, bias=False, compute_dtype=dtype, compress_statistics=False,
+                                        quant_type="nf4")  # fmt: skip
+    theirs.load_state_dict(dense.state_dict())
+    theirs = theirs.to("cuda")
+    ours = quantized(dense.weight.detach().cuda(), "nf4")
+    assert torch.equal(ours.weight.flatten(), theirs.weight.data.flatten())
+    x, y = (random(tokens, 256, seed=6, dtype=dtype).cuda().requires_grad_() for _ in range(2))
+    one, two = ours(x), theirs(y)
+    assert (one - two).float().norm() <= 1e-2 * two.float().norm()  # few tokens take bitsandbytes' own kernel
+    one.sum().backward()
+    two.sum().backward()
+    assert (x.grad - y.grad).float().norm() <= 1e-2 * y.grad.float().norm()

@@ -385,7 +385,7 @@ def test_out_of_memory_elsewhere_is_named_too(folder, monkeypatch, verb):
 
 def test_other_runtime_errors_pass_unchanged(folder):
     wrong = Exhausted(1, "mat1 and mat2 shapes cannot be multiplied", RuntimeError)
-    with pytest.raises(RuntimeError, match="^mat1 and mat2 shapes cannot be multiplied$") as caught:
+    with pytest.raises(RuntimeError, match=r"^mat1 and mat2 shapes cannot be multiplied$") as caught:
         trainer_of(folder).forward_backward([packed(sequences([9]))], wrong)
     assert type(caught.value) is RuntimeError
 

@@ -7,6 +7,7 @@ As a program it is a process that holds them on the GPU, answers questions about
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
 
@@ -94,14 +95,16 @@ def answer(question, held, buffers):
 
 
 def main():
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print must not come between
     folder, scheme, dtype = sys.argv[1:]
     held, shared = export(folder, scheme, "cuda", getattr(torch, dtype))
     torch.cuda.synchronize()
     buffers = {}
     message = shared
     while True:
-        sys.stdout.buffer.write(pickle.dumps(message))
-        sys.stdout.buffer.flush()
+        answers.write(pickle.dumps(message))
+        answers.flush()
         try:
             message = answer(pickle.load(sys.stdin.buffer), held, buffers)
         except EOFError:
