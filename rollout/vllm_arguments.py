@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from posttrain.rl.config import ModelConfig, RolloutConfig
 
 _QUANTIZATION = {"none": None, "nf4": "bitsandbytes", "fp8": "fp8"}
-_WEIGHT_SHARE = {"none": 1.0, "nf4": 0.4, "fp8": 0.65}
-"""Bytes of the quantized model over those of a 16-bit checkpoint, embeddings in 16 bits: for the first check only."""
+_LINEAR_BYTES = {"nf4": 0.5 + 4 / 64, "fp8": 1.0}
+"""A quantized weight's bytes, its scale in: NF4 has a float32 for every 64."""
 _WORKING_BYTES = machine.GIB
 """CUDA context and compiled graphs of a small model."""
 _MOST_SEQUENCES = 1024
@@ -121,7 +121,8 @@ class Start:
             if self.on_gpu:
                 args["compilation_config"] = {"cudagraph_capture_sizes": capture_sizes(args["max_num_seqs"])}
         if self.on_gpu:
-            args |= {"enable_sleep_mode": True, "max_num_batched_tokens": _BATCHED_TOKENS}
+            most = args.get("max_num_seqs", _MOST_SEQUENCES) * args.get("max_model_len", _BATCHED_TOKENS)
+            args |= {"enable_sleep_mode": True, "max_num_batched_tokens": min(_BATCHED_TOKENS, most)}
         if self.kv_cache_bytes is not None:
             # Next to a stated number of bytes vLLM uses its share of the GPU for one check only: at the start as much
             # must be free. `refuse_busy_gpu` checks what is really needed.
@@ -151,21 +152,34 @@ class Start:
             args |= {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "lora_target_modules": endings}
         return args
 
+    @property
+    def weight_bytes(self) -> int:
+        """What the base weights take in the engine."""
+        shapes, linear = self.architecture.shapes, self.architecture.linear
+        inner = sum(outputs * inputs for outputs, inputs in linear.values())
+        outer = sum(math.prod(shape) for shape in shapes.values()) - inner
+        return int(
+            inner * _LINEAR_BYTES.get(self.model.quantization, self.dtype.itemsize) + outer * self.dtype.itemsize
+        )
+
     def refuse_busy_gpu(self) -> None:
         """Raise ``EngineError`` with the numbers where weights and KV cache cannot fit into what is free."""
         gpus = machine.gpus() if self.on_gpu and self.kv_cache_bytes is not None else []
         if not gpus or gpus[0].free is None or self.kv_cache_bytes is None:
             return
-        weights = checkpoint_bytes(self.source) * _WEIGHT_SHARE[self.model.quantization]
-        needed = self.kv_cache_bytes + int(weights) + _WORKING_BYTES
+        needed = self.weight_bytes + self.kv_cache_bytes + _WORKING_BYTES
         if needed > gpus[0].free:
-            total = f" of {gpus[0].total / machine.GIB:.1f}" if gpus[0].total else ""
+            parts = f"weights {_gib(self.weight_bytes)}, KV cache {_gib(self.kv_cache_bytes)}"
+            total = f" of {_gib(gpus[0].total)}" if gpus[0].total else ""
             raise EngineError(
-                f"vLLM needs {needed / machine.GIB:.1f} GiB of GPU memory ({weights / machine.GIB:.1f} weights, "
-                f"{self.kv_cache_bytes / machine.GIB:.1f} KV cache, {_WORKING_BYTES / machine.GIB:.1f} to work in), "
-                f"{gpus[0].free / machine.GIB:.1f}{total} are free on {gpus[0].name}: end what else runs on it "
-                "(nvidia-smi), or lower rollout.kv_cache_gib or gpu_memory_gib"
+                f"vLLM needs {_gib(needed)} GiB of GPU memory ({parts}, to work in {_gib(_WORKING_BYTES)}), but "
+                f"{_gib(gpus[0].free)}{total} GiB are free on {gpus[0].name}: end what else runs there (nvidia-smi), "
+                "or lower rollout.kv_cache_gib or gpu_memory_gib"
             )
+
+
+def _gib(size: int) -> str:
+    return f"{size / machine.GIB:.1f}"
 
 
 def capture_sizes(sequences: int) -> list[int]:
@@ -185,8 +199,3 @@ def allowed_rank(rank: int, allowed: Sequence[int]) -> int:
             'use rollout.lora_backend = "dense"'
         )
     return fitting[0]
-
-
-def checkpoint_bytes(source: str) -> int:
-    """Size of a folder's weights; 0 for a hub name."""
-    return sum(file.stat().st_size for file in Path(source).glob("*.safetensors"))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from posttrain.rl.errors import EngineError, OutOfMemory
+from posttrain.rl.errors import EngineError, OutOfMemory, PosttrainError
 from posttrain.rl.fingerprint import checksum, fingerprint
 from posttrain.rl.types import (
     Adapter,
@@ -109,6 +109,8 @@ class VllmEngine:
             with memory_errors():
                 self._engine: Any = self._vllm.engine({**args, **(engine_args or {})}, multiprocess=not in_process)
                 phases = self._rpc("posttrain_start", vocabulary_size(self._tokenizer))
+        except PosttrainError:
+            raise
         except (ValueError, RuntimeError) as error:
             raise EngineError(f"vLLM did not start on {self._source}: {error}") from error
         phases = {"import": imported - begin, "tokenizer and shapes": ready - imported, **phases}
@@ -303,4 +305,11 @@ class VllmEngine:
             self._engine.step()
 
     def _rpc(self, method: str, *args: Any) -> Any:
-        return self._engine.collective_rpc(method, args=args)[0]
+        """Call our worker; what it raises comes as it is, or as vLLM wraps it on the way between processes."""
+        with memory_errors():
+            try:
+                return self._engine.collective_rpc(method, args=args)[0]
+            except PosttrainError:
+                raise
+            except Exception as error:
+                raise EngineError(str(error)) from error

@@ -32,7 +32,7 @@ def _with_lora(base: type) -> type:
     A subclass and not a wrapper: vLLM asks quantization methods for their type and attributes.
     """
 
-    class WithLora(base):  # type: ignore[misc, valid-type]
+    class WithLora(base):
         def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
             """``base(x) + (x Aᵀ) Bᵀ``, one rounding of the sum."""
             y = super().apply(layer, x, bias)
@@ -106,7 +106,7 @@ def overwrite(views: Mapping[str, Tensor], flat: Tensor, layout: Sequence[tuple[
     torch._foreach_copy_(
         held, [flat[start : start + view.numel()].view(view.shape) for view, (_, start, _) in zip(held, layout)]
     )
-    back = torch.empty_like(flat)
+    back = torch.zeros_like(flat)  # what lies between two tensors is zero on the other side, too
     torch._foreach_copy_(
         [back[start : start + view.numel()].view(view.shape) for view, (_, start, _) in zip(held, layout)], held
     )

@@ -25,22 +25,20 @@ PROMPTS = [
     Prompt("b", "", {}, (3, 30, 4, 31, 12, 13, 14, 15, 16, 17, 18)),
     Prompt("c", "", {}, (20,)),
 ]
+VLLM = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
 ENGINES = [
     pytest.param("transformers", id="transformers"),
-    pytest.param(
-        "vllm",
-        id="vllm",
-        marks=[
-            pytest.mark.vllm,
-            pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
-        ],
-    ),
+    pytest.param("dense", id="vllm-dense", marks=VLLM),
+    pytest.param("slots", id="vllm-slots", marks=VLLM),
 ]
-TOLERANCE = {"transformers": 1e-4, "vllm": 1e-3}
+TOLERANCE = {"transformers": 1e-4, "dense": 1e-3, "slots": 1e-3}
 
 
 def build(kind: str, folder: Path) -> Engine:
-    """An engine on the folder, with room for 64 tokens."""
+    """An engine on the folder, with room for 64 tokens; ``dense`` in this process, ``slots`` in one of its own."""
     model, rollout = ModelConfig(name=str(folder)), RolloutConfig(max_sequences=16, max_model_len=64)
     if kind == "transformers":
         from posttrain.rollout.transformers_engine import TransformersEngine
@@ -48,7 +46,16 @@ def build(kind: str, folder: Path) -> Engine:
         return TransformersEngine(folder, model, rollout)
     from posttrain.rollout.vllm_engine import VllmEngine
 
-    return VllmEngine(folder, model, rollout, lora_rank=LORA["r"])
+    rollout = rollout.model_copy(update={"lora_backend": kind, "enforce_eager": True})
+    return VllmEngine(
+        folder,
+        model,
+        rollout,
+        lora_rank=LORA["r"],
+        kv_cache_bytes=2**24,
+        sequences=16,
+        in_process=kind == "dense",
+    )
 
 
 @pytest.fixture(scope="module", params=ENGINES)
@@ -282,6 +289,30 @@ def test_adapter_changes_greedy_output_and_agrees_with_peft(engine: Engine, tiny
         sampled = engine.generate(PROMPTS, 3, sampling(temperature=0.8))
         assert worst(tuned, sampled, 0.8) < tolerance
         assert {completion.policy_version for _, completion in flat(sampled)} == {version}
+
+
+def test_stream_gives_each_group_once_and_complete(engine: Engine) -> None:
+    params = sampling(seed=5, max_tokens=20)
+    expected = engine.generate(PROMPTS, 3, params)
+    streamed = list(engine.stream(PROMPTS, 3, params))
+    assert sorted(index for index, _ in streamed) == [0, 1, 2]
+    assert [dict(streamed)[index] for index in range(3)] == expected
+
+
+def test_abandoned_stream_leaves_nothing_behind(engine: Engine, tiny_model: Path, tolerance: float) -> None:
+    engine.load_adapter(make_adapter(tiny_model, 1, seed=1))
+    for leave in ("close", "exception", "unstarted"):
+        stream = engine.stream(PROMPTS * 3, 4, sampling(max_tokens=30))
+        if leave == "close":
+            next(stream)
+        elif leave == "exception":
+            with pytest.raises(ZeroDivisionError):
+                for index, _ in stream:
+                    index // 0
+        stream.close()
+        adapter = make_adapter(tiny_model, 2, seed=2)
+        assert engine.load_adapter(adapter) == fingerprint(adapter.tensors)  # which is refused while rows are drawn
+        assert worst(reference_model(tiny_model, adapter), engine.generate(PROMPTS, 2, sampling())) < tolerance
 
 
 def broken(adapter: Adapter, how: str) -> Adapter:

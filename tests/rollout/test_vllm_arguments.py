@@ -1,0 +1,112 @@
+"""What vLLM is started with; needs no vLLM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from posttrain.rl import machine
+from posttrain.rl.config import ModelConfig, RolloutConfig
+from posttrain.rl.errors import EngineError
+from posttrain.rollout.vllm_arguments import Architecture, Start, allowed_rank, capture_sizes
+from tests.rollout.conftest import LINEAR_LAYERS, PADDED_VOCABULARY, save_tiny_model
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def architecture(tiny_model: Path) -> Architecture:
+    return Architecture.of(str(tiny_model), ModelConfig(name=str(tiny_model)))
+
+
+def start(architecture: Architecture, quantization: str = "none", backend: str = "auto", **changes: object) -> Start:
+    model = ModelConfig(name="m", quantization=quantization)  # type: ignore[arg-type]
+    rollout = RolloutConfig(max_model_len=4096, lora_backend=backend)  # type: ignore[arg-type]
+    defaults = {"dtype": torch.bfloat16, "on_gpu": True, "architecture": architecture}
+    return Start("m", model, rollout, **{**defaults, **changes})  # type: ignore[arg-type]
+
+
+def test_a_tied_head_is_left_out_and_an_untied_one_is_a_weight_but_no_target(
+    architecture: Architecture, tmp_path: Path
+) -> None:
+    assert "lm_head.weight" not in architecture.shapes
+    untied = Architecture.of(str(save_tiny_model(tmp_path, tied=False)), ModelConfig(name="x"))
+    assert untied.shapes["lm_head.weight"] == (PADDED_VOCABULARY, 64)
+    for found in (architecture, untied):
+        assert {name.rpartition(".")[2] for name in found.linear} == set(LINEAR_LAYERS)
+        assert len(found.linear) == 14
+        assert found.linear["model.layers.1.mlp.down_proj"] == (64, 128)
+
+
+def test_targets_are_name_endings_as_in_peft(architecture: Architecture) -> None:
+    assert architecture.targets("all-linear") == architecture.linear
+    assert sorted(architecture.targets(["up_proj", "layers.1.self_attn.q_proj"])) == [
+        "model.layers.0.mlp.up_proj",
+        "model.layers.1.mlp.up_proj",
+        "model.layers.1.self_attn.q_proj",
+    ]
+    with pytest.raises(EngineError, match="proj_up"):
+        architecture.targets(["proj_up"])
+    with pytest.raises(EngineError, match="p_proj"):
+        architecture.targets(["p_proj"])  # the end of a word is not the end of a name
+
+
+@pytest.mark.parametrize("sequences", [1, 3, 8, 20, 64, 100, 256, 500, 1024])
+def test_every_reachable_batch_has_a_graph_with_little_padding(sequences: int) -> None:
+    sizes = capture_sizes(sequences)
+    assert sizes[-1] == min(sequences, 512) and sizes == sorted(set(sizes))
+    for batch in range(1, min(sequences, 512) + 1):
+        size = min(size for size in sizes if size >= batch)
+        assert size - batch <= max(7, batch // 4)
+    assert len(sizes) <= 27
+
+
+def test_arguments_follow_the_run(architecture: Architecture) -> None:
+    args = start(architecture, "nf4", sequences=64, kv_cache_bytes=3 * GIB).arguments()
+    assert (args["quantization"], args["dtype"]) == ("bitsandbytes", "bfloat16")
+    assert (args["max_num_seqs"], args["kv_cache_memory_bytes"]) == (64, 3 * GIB)
+    assert args["max_model_len"] == 128, "no longer than the model's positions"
+    assert args["compilation_config"]["cudagraph_capture_sizes"][-1] == 64
+    assert "additional_config" not in args and "enable_lora" not in args
+    assert start(architecture, "fp8").arguments()["quantization"] == "fp8"
+    with pytest.raises(EngineError, match="16-bit"):
+        start(architecture, "fp8", dtype=torch.float32).arguments()
+
+
+def test_the_adapter_is_part_of_the_compile_cache_key(architecture: Architecture) -> None:
+    targets = architecture.targets(["up_proj"])
+    dense = start(architecture, lora_rank=4, lora_targets=targets).arguments()
+    spec = dense["additional_config"]["posttrain_lora"]
+    assert (spec["backend"], spec["rank"], spec["targets"]) == ("dense", 4, targets)
+    assert "enable_lora" not in dense
+    other = start(architecture, lora_rank=8, lora_targets=targets).arguments()
+    assert other["additional_config"] != dense["additional_config"]
+    slots = start(architecture, backend="slots", lora_rank=4, lora_targets=targets).arguments()
+    assert slots["enable_lora"] and slots["lora_target_modules"] == ["up_proj"]
+
+
+def test_slots_come_in_fixed_ranks() -> None:
+    assert [allowed_rank(rank, (8, 16, 1, 32)) for rank in (1, 2, 8, 9, 32)] == [1, 8, 8, 16, 32]
+    with pytest.raises(EngineError, match="dense"):
+        allowed_rank(33, (8, 16, 1, 32))
+
+
+def test_weight_bytes_are_counted_by_scheme(architecture: Architecture) -> None:
+    attention, mlp = 64 * 64 * 2 + 32 * 64 * 2, 3 * 64 * 128
+    linear = 2 * (attention + mlp)
+    rest = PADDED_VOCABULARY * 64 + 2 * (2 * 64 + 2 * 32) + 64
+    assert start(architecture).weight_bytes == 2 * (linear + rest)
+    assert start(architecture, "fp8").weight_bytes == linear + 2 * rest
+    assert start(architecture, "nf4").weight_bytes == int(linear * 0.5625) + 2 * rest
+
+
+def test_a_busy_gpu_is_refused_with_the_numbers(architecture: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = 6 * GIB
+    monkeypatch.setattr(machine, "gpus", lambda: [machine.Gpu(0, "H", 80 * GIB, free, (9, 0), "1")])
+    start(architecture, kv_cache_bytes=4 * GIB).refuse_busy_gpu()
+    with pytest.raises(EngineError, match=r"needs 9\.0 GiB .* KV cache 8\.0.* 6\.0 of 80\.0 GiB are free on H"):
+        start(architecture, kv_cache_bytes=8 * GIB).refuse_busy_gpu()
+    start(architecture, kv_cache_bytes=8 * GIB, on_gpu=False).refuse_busy_gpu()
+    start(architecture).refuse_busy_gpu()  # without a number of its own vLLM takes what it finds
