@@ -10,6 +10,7 @@ from posttrain.rl.errors import CheckpointError
 from posttrain.rl.run_dir import RunDir
 
 PHASES = {
+    "wake": "tab:gray",
     "rollout": "tab:blue",
     "reward": "tab:cyan",
     "sleep": "tab:gray",
@@ -21,7 +22,6 @@ PHASES = {
     "publish": "tab:green",
     "export": "lightgreen",
     "load": "mediumseagreen",
-    "wake": "tab:gray",
     "evaluate": "tab:purple",
     "log": "tab:olive",
     "save": "tab:brown",
@@ -95,7 +95,7 @@ def write_timeline_plot(run: RunDir, step: int, path: Path) -> None:
     for row, name in enumerate(names):
         bars = [(span.start - began, span.stop - span.start) for span in spans if span.name == name]
         axes.broken_barh(bars, (row - 0.4, 0.8), color=PHASES.get(name, "black"))
-        axes.annotate(f" {sum(width for _, width in bars):.2f} s", (sum(bars[-1]), row), va="center", fontsize=8)
+        axes.annotate(f" {sum(width for _, width in bars):.3g} s", (sum(bars[-1]), row), va="center", fontsize=8)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.margins(x=0.08)
