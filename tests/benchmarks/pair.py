@@ -159,8 +159,9 @@ class Session:
         report = self.trainer("storage_report")
         own = [held for held in report if not held.shared]
         expected = sum(len(weight.tensors) for weight in self.shared.values())
-        name = next(name for name in self.shared if "q_proj" in name)
-        part = "absmax" if self.settings.base == "nf4" else "weight"
+        scheme: Any = {"bf16": "dense"}.get(self.settings.base, self.settings.base)
+        name = next(name for name, weight in self.shared.items() if weight.tensors and weight.scheme == scheme)
+        part = "absmax" if scheme == "nf4" else "weight"
         checksums = self._engine_checksums()
         self.trainer("flip", self.shared, name, part)
         flipped = self._engine_checksums()
@@ -223,7 +224,7 @@ class Session:
     def agreement(self, when: str) -> None:
         """Sampler against trainer at the adapter of the moment, on prompts that the prefix cache has seen before."""
         self._publish()
-        sampled, policy, base = self._logprobs(n=8)
+        sampled, policy, base = self._logprobs(rounds=4)
         emit(
             "agreement",
             f"{self.case} {when}",
@@ -239,7 +240,7 @@ class Session:
         for number, name in enumerate(PROJECTIONS):
             self.trainer("randomize", 100 + number, 0.05, only=name)
             self._publish()
-            sampled, policy, base = self._logprobs(n=2)
+            sampled, policy, base = self._logprobs(rounds=1)
             effects = torch.stack([sampled - base, policy - base])
             emit(
                 "projection",
@@ -255,7 +256,7 @@ class Session:
         self.trainer("randomize", 7, 0.02)
         self._publish()
         first = _ids(self.engine("generate", self.prompts, 1, greedy))
-        batches, algorithm = self._batches(self._sample(n=2)), parse("grpo")
+        batches, algorithm = self._batches(self._sample(seed=0)), parse("grpo")
         used, seconds, same = [], [], True
         for number in range(self.settings.cycles):
             began = time.perf_counter()
@@ -295,22 +296,22 @@ class Session:
     def _engine_checksums(self) -> dict[str, dict[str, str]]:
         return {name: dict(weight.checksums) for name, weight in self.engine("export_weights").items()}
 
-    def _sample(self, n: int, max_tokens: int = 64) -> list[RolloutGroup]:
-        completions: list[list[Completion]] = self.engine(
-            "generate", self.prompts, n, SamplingParams(max_tokens=max_tokens, seed=1)
-        )
+    def _sample(self, seed: int) -> list[RolloutGroup]:
+        """Two completions of each prompt, one with a positive and one with a negative advantage."""
+        params = SamplingParams(max_tokens=64, seed=seed)
+        completions: list[list[Completion]] = self.engine("generate", self.prompts, 2, params)
         signs = (1.0, -1.0)
         return [
-            RolloutGroup(prompt, [Rollout(one, {}, 0.0, signs[place % 2]) for place, one in enumerate(group)])
+            RolloutGroup(prompt, [Rollout(one, {}, 0.0, sign) for one, sign in zip(group, signs, strict=True)])
             for prompt, group in zip(self.prompts, completions, strict=True)
         ]
 
     def _batches(self, groups: Sequence[RolloutGroup]) -> list[TrainBatch]:
         return plan(groups, parse("grpo"), BatchSettings(micro_batch_tokens=4096, updates=1, max_tokens=64))[0]
 
-    def _logprobs(self, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _logprobs(self, rounds: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of fresh samples, each [L]: the sampler's, the trainer's, and the trainer's without the adapter."""
-        batches = self._batches(self._sample(n))
+        batches = self._batches([group for seed in range(rounds) for group in self._sample(seed)])
         policy, base = self.trainer("score", batches), self.trainer("score", batches, reference=True)
         sampled = [batch.rollout_logprobs for batch in batches]
         assert all(one is not None for one in sampled)

@@ -82,8 +82,8 @@ def run(settings: Settings) -> None:
     keys = [key for key in chosen if key.startswith("time/") or key in _BESIDE]
     emit("step", case, step=chosen["step"], **{key.partition("/")[2]: chosen[key] for key in keys})
     settings.out.mkdir(parents=True, exist_ok=True)
-    picture = write_timeline_plot(RunDir.open(result.run_dir), chosen["step"])
-    shutil.copy(picture, settings.out / f"step_{case.replace(' ', '_')}.png")
+    picture = settings.out / f"step_{case.replace(' ', '_')}.png"
+    write_timeline_plot(RunDir.open(result.run_dir), chosen["step"], picture)
     shutil.rmtree(result.run_dir)
 
 
