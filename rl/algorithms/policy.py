@@ -123,6 +123,7 @@ class PolicyGradient(Algorithm):
         if tokens.rollout_logprobs is not None:
             gap = tokens.sampler_log_ratio
             metrics["policy/kl_sampler"] = _mean(gap.expm1() - gap, tokens)
+            metrics["policy/sampler_gap"] = _mean(gap.abs(), tokens)
         if tokens.ref_logprobs is not None:
             kl = kl_penalty(logprobs, tokens.ref_logprobs, logprobs.new_ones(()), "k3")
             metrics["policy/kl_ref"] = _mean(kl, tokens)

@@ -171,6 +171,7 @@ def test_metrics_by_hand() -> None:
     assert metrics["policy/entropy"] == 1.0
     # log π_old − log μ: 0 and .25; ref − π: 0 and 1
     assert metrics["policy/kl_sampler"] == pytest.approx((math.exp(0.25) - 1.25) / 2)
+    assert metrics["policy/sampler_gap"] == 0.125
     assert metrics["policy/kl_ref"] == pytest.approx((math.e - 2) / 2)
     assert set(metrics) == {
         "loss/total",
@@ -181,6 +182,7 @@ def test_metrics_by_hand() -> None:
         "policy/clip_fraction_high",
         "policy/entropy",
         "policy/kl_sampler",
+        "policy/sampler_gap",
         "policy/kl_ref",
     }
 
