@@ -12,9 +12,6 @@ from posttrain.rl.fingerprint import checksum
 from posttrain.rl.sharing import share
 from posttrain.rl.types import SharedAdapter
 
-ALIGNMENT = 16
-"""Elements: each tensor begins at a multiple of this many, so that the engine can read it in whole words."""
-
 
 class AdapterBuffer:
     """The adapter as the engine needs it: in its type, with alpha/rank folded into B. Never the trained weights
@@ -27,9 +24,9 @@ class AdapterBuffer:
         layout, size = [], 0
         for name, weight in weights.items():
             layout.append((name, size, tuple(weight.shape)))
-            size += -(-weight.numel() // ALIGNMENT) * ALIGNMENT
+            size += weight.numel()
         self._layout = tuple(layout)
-        self._buffer = torch.zeros(size, dtype=dtype, device=next(iter(weights.values())).device)
+        self._buffer = torch.empty(size, dtype=dtype, device=next(iter(weights.values())).device)
         self._handle = share(self._buffer)
         self._pairs: dict[str, tuple[list[Tensor], list[Tensor]]] = {"lora_A": ([], []), "lora_B": ([], [])}
         for name, start, shape in layout:
