@@ -24,7 +24,7 @@ MODES = {"on_policy": (), "overlapped": OVERLAPPED}
 SEED = 20261122
 
 FORWARD = "posttrain.trainer.trainer:Trainer.forward_backward"
-GENERATE = "posttrain.rollout.transformers_engine:TransformersEngine.generate"
+GENERATE = "posttrain.rollout.transformers_engine:TransformersEngine.stream"
 LOAD_ADAPTER = "posttrain.rollout.transformers_engine:TransformersEngine.load_adapter"
 SAVE = "posttrain.trainer.trainer:Trainer.save"
 SAVE_STATE = "posttrain.rl.service.state:write"
