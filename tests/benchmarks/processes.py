@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -24,6 +25,8 @@ class Job:
     process: subprocess.Popen[bytes]
     mark: str
     log: Path
+    scratch: Path
+    """Ray's folder; removed with the job."""
     began: float = field(default_factory=time.monotonic)
 
     def seconds(self) -> float:
@@ -37,10 +40,10 @@ class Job:
 
 def start(name: str, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> Job:
     """Start ``command`` in a session of its own, with a Ray of its own, its output in ``log``."""
-    mark = uuid.uuid4().hex
+    mark, scratch = uuid.uuid4().hex, Path(tempfile.mkdtemp(prefix="r-"))
     own = {
         _MARK: mark,
-        "RAY_TMPDIR": tempfile.mkdtemp(prefix="r-"),  # short: sockets lie under it
+        "RAY_TMPDIR": str(scratch),  # short: sockets lie under it
         "RAY_prestart_worker_first_driver": "0",  # else Ray starts an idle process a core
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -54,7 +57,7 @@ def start(name: str, command: Sequence[str], log: Path, environment: Mapping[str
             env={**os.environ, **own, **(environment or {})},
             start_new_session=True,
         )
-    return Job(name, process, mark, log)
+    return Job(name, process, mark, log, scratch)
 
 
 def kill(job: Job) -> int:
@@ -74,6 +77,7 @@ def kill(job: Job) -> int:
         if not found:
             break
         time.sleep(0.1)
+    shutil.rmtree(job.scratch, ignore_errors=True)
     return len(set(left))
 
 
