@@ -119,6 +119,9 @@ class SharedWeight:
     """Why nobody else can use the engine's copy; ``tensors`` is empty then."""
     block_size: int | None = None
     """Weights under one absmax (nf4)."""
+    activations: Literal["token", "group"] | None = None
+    """How the engine rounds this layer's inputs to float8_e4m3fn (fp8): under one scale a token, or one for each 128
+    inputs of a token; ``None``: not at all, or in a way that depends on the whole batch."""
 
 
 SharedWeights = Mapping[str, SharedWeight]

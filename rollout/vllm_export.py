@@ -50,6 +50,7 @@ class Held:
     scheme: Literal["dense", "nf4", "fp8"]
     tensors: Mapping[str, Tensor]
     block_size: int | None = None
+    activations: Literal["token", "group"] | None = None
 
 
 class Repacked(Exception):
@@ -83,6 +84,7 @@ def exported(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dic
             {part: next(digests) for part in weight.tensors},
             origin,
             block_size=weight.block_size,
+            activations=weight.activations,
         )
     return weights, tensors
 
@@ -143,7 +145,8 @@ def _fp8(place: Place, data: Tensor, shape: tuple[int, ...]) -> Held:
     if len(shape) != 2 or shape[0] != stop - start:
         raise Repacked(f"it is {tuple(data.shape)} there")
     if (blocks := getattr(module, "weight_scale_inv", None)) is not None:
-        return _fp8_blocks(data, blocks.data, (start, stop, rows), shape[1])
+        tensors = _fp8_blocks(data, blocks.data, (start, stop, rows), shape[1])
+        return Held("fp8", tensors, activations=_activations(module.quant_method))
     padded = tuple(-(-size // 16) * 16 for size in (shape[1], rows))
     if tuple(data.shape) not in {(shape[1], rows), padded} or data.stride(0) != 1:
         raise Repacked(f"it is {tuple(data.shape)} with strides {data.stride()} there")
@@ -155,17 +158,27 @@ def _fp8(place: Place, data: Tensor, shape: tuple[int, ...]) -> Held:
     else:
         raise Repacked(f"its scale is {tuple(scale.shape)} there")
     _expect(scale, tuple(scale.shape), scale.dtype == torch.float32)
-    return Held("fp8", {"weight": data.t()[start:stop, : shape[1]], "scale": scale})
+    tensors = {"weight": data.t()[start:stop, : shape[1]], "scale": scale}
+    return Held("fp8", tensors, activations=_activations(module.quant_method))
 
 
-def _fp8_blocks(data: Tensor, scale: Tensor, rows: tuple[int, int, int], columns: int) -> Held:
+def _activations(method: Any) -> Literal["token", "group"] | None:
+    """What the layer's kernel does to its input before it multiplies."""
+    key = getattr(method, "activation_quant_key", None)
+    if key is None or key.scale.static:
+        return None
+    rows, columns = key.scale.group_shape
+    return {(1, -1): "token", (1, _BLOCK): "group"}.get((rows, columns))  # type: ignore[return-value]
+
+
+def _fp8_blocks(data: Tensor, scale: Tensor, rows: tuple[int, int, int], columns: int) -> dict[str, Tensor]:
     start, stop, total = rows
     if start % _BLOCK or (stop % _BLOCK and stop != total):
         raise Repacked(f"its rows {start} to {stop} cut a block of {_BLOCK} under one scale")
     _expect(data, (total, columns), True)
     _expect(scale, (-(-total // _BLOCK), -(-columns // _BLOCK)), scale.dtype == torch.float32, contiguous=False)
     blocks = scale[start // _BLOCK : -(-stop // _BLOCK)]
-    return Held("fp8", {"weight": data[start:stop], "scale": blocks})
+    return {"weight": data[start:stop], "scale": blocks}
 
 
 def _expect(data: Tensor, shape: tuple[int, ...], right_type: bool, *, contiguous: bool = True) -> None:

@@ -42,9 +42,13 @@ class QuantizedLinear(nn.Linear, ABC):
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """A fresh [O, I]."""
 
+    def product(self, x: Tensor) -> Tensor:
+        """[…, I] → […, O], the bias added."""
+        return F.linear(x, self.dequantized(x.dtype), self.bias)
+
     def forward(self, input: Tensor) -> Tensor:
         """[…, I] → […, O]."""
-        return _FrozenProduct.apply(input, self.bias, self)
+        return _FrozenProduct.apply(input, self)
 
 
 class Nf4Linear(QuantizedLinear):
@@ -72,14 +76,52 @@ class Nf4Linear(QuantizedLinear):
 
 
 class Fp8Linear(QuantizedLinear):
-    """float8_e4m3fn times a scale: one, one an output feature, or one for each square of 128 × 128 weights."""
+    """float8_e4m3fn times a scale: one, one an output feature, or one for each square of 128 × 128 weights.
+
+    Where the engine rounds the inputs to float8_e4m3fn, too, so does this layer: it is the sampler's policy that is to
+    be trained. The gradient passes the rounding as if it were not there (straight-through, 1308.3432).
+    """
 
     scale: Tensor
 
-    def __init__(self, tensors: dict[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """``tensors``: ``weight`` float8_e4m3fn [O, I], any strides; ``scale`` float32 as in ``SharedWeight``."""
+    def __init__(
+        self,
+        tensors: dict[str, Tensor],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        activations: Literal["token", "group"] | None = None,
+    ) -> None:
+        """``tensors``: ``weight`` float8_e4m3fn [O, I], any strides; ``scale`` and ``activations`` as in
+        ``SharedWeight``.
+        """
         super().__init__(tensors["weight"].view(torch.uint8), shape, dtype)
+        self.activations = activations
         self.register_buffer("scale", tensors["scale"], persistent=False)
+
+    def product(self, x: Tensor) -> Tensor:
+        """See ``QuantizedLinear``; on tensor cores for fp8 where one scale a token and an output feature suffice."""
+        if self.activations is None:
+            return super().product(x)
+        bits, scale = round_to_fp8(x, x.shape[-1] if self.activations == "token" else FP8_BLOCK)
+        if not self._on_tensor_cores(x):
+            return super().product((bits.float() * scale).flatten(-2).to(x.dtype))
+        rows = bits.view(-1, self.in_features)
+        weight = self.weight.data.view(torch.float8_e4m3fn)
+        scales = self.scale.view(1, -1).expand(1, self.out_features).contiguous()
+        y = torch._scaled_mm(rows, weight.t(), scale.view(-1, 1), scales, self.bias, out_dtype=x.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _on_tensor_cores(self, x: Tensor) -> bool:
+        return (
+            x.is_cuda
+            and x.dtype == torch.bfloat16
+            and torch.cuda.get_device_capability(x.device) >= (9, 0)
+            and self.activations == "token"
+            and (self.scale.numel() == 1 or self.scale.shape == (self.out_features, 1))
+            and self.in_features % 16 == 0
+            and self.out_features % 16 == 0
+            and self.weight.stride() == (self.in_features, 1)
+        )
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """See ``QuantizedLinear``. Every element is rounded once: e4m3 is exact in any wider type, and a scale that is
@@ -98,20 +140,30 @@ class Fp8Linear(QuantizedLinear):
         return weight
 
 
+def round_to_fp8(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """[…, I] → float8_e4m3fn […, I/group, group] and float32 scales […, I/group, 1]; ``group`` divides I.
+
+    As vLLM does it: the largest input of a group becomes 448, and no scale is below 1/(448·512).
+    """
+    groups = x.float().unflatten(-1, (-1, group))
+    scale = (groups.abs().amax(-1, keepdim=True) / FP8_MAX).clamp_min(1 / (FP8_MAX * 512))
+    return (groups / scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
+
+
 class _FrozenProduct(torch.autograd.Function):
     """Linear layer that saves nothing: the layer itself is at hand in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: QuantizedLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.dequantized(x.dtype), bias)
+        return layer.product(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
         if not ctx.needs_input_grad[0]:
-            return None, None, None
-        return gradient @ ctx.layer.dequantized(gradient.dtype), None, None
+            return None, None
+        return gradient @ ctx.layer.dequantized(gradient.dtype), None
 
 
 def quantized(weight: Tensor, scheme: Literal["nf4", "fp8"]) -> QuantizedLinear:

@@ -177,7 +177,7 @@ def _wrapped(weight: SharedWeight, tensors: dict[str, Tensor], dtype: torch.dtyp
         assert weight.block_size is not None
         return Nf4Linear(tensors, weight.shape, weight.block_size, dtype)
     if weight.scheme == "fp8":
-        return Fp8Linear(tensors, weight.shape, dtype)
+        return Fp8Linear(tensors, weight.shape, dtype, weight.activations)
     return tensors["weight"]
 
 

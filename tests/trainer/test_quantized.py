@@ -13,7 +13,14 @@ from torch import nn
 from posttrain.rl import algorithms
 from posttrain.rl.config import ModelConfig, TrainerConfig
 from posttrain.rl.errors import EngineError
-from posttrain.trainer.quantized import Fp8Linear, Nf4Linear, QuantizedLinear, nf4_code, quantized
+from posttrain.trainer.quantized import (
+    Fp8Linear,
+    Nf4Linear,
+    QuantizedLinear,
+    nf4_code,
+    quantized,
+    round_to_fp8,
+)
 from posttrain.trainer.trainer import Trainer
 
 from .tiny import gradients, packed, save_tiny, sequences, wake_adapter
@@ -54,6 +61,53 @@ def fp8_layer(shape, scales, dtype, transposed=False):
         bits = bits.T.contiguous().T
     size = {"one": (1,), "bare": (), "row": (shape[0], 1)}.get(scales, tuple(math.ceil(side / 128) for side in shape))
     return Fp8Linear({"weight": bits, "scale": 0.01 * random(*size, seed=2).abs().float() + 0.003}, shape, dtype)
+
+
+def rounded_by_hand(x, group):
+    """Nearest float8_e4m3fn values under each group's own scale, by search over all of them, in float64."""
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    values = values[values.isfinite()]
+    out = torch.empty_like(x)
+    for row, result in zip(x, out, strict=True):
+        for start in range(0, len(row), group):
+            part = row[start : start + group]
+            scale = max(part.abs().max().item() / 448, 1 / (448 * 512))
+            nearest = (part[:, None] / scale - values).abs().argmin(1)
+            result[start : start + group] = values[nearest] * scale
+    return out
+
+
+@pytest.mark.parametrize(("activations", "group"), [("token", 256), ("group", 128)])
+def test_inputs_are_rounded_as_the_engine_rounds_them_and_the_gradient_passes(activations, group):
+    layer = fp8_layer((6, 256), "row", torch.float32)
+    layer.activations = activations
+    layer.bias = torch.nn.Parameter(random(6, seed=5), requires_grad=False)
+    x = (random(3, 256, seed=3) * torch.tensor([[1.0], [1e-9], [40.0]])).requires_grad_(True)
+    weight = layer.dequantized(torch.float32).double()
+    rounded = rounded_by_hand(x.detach().double(), group)
+    expected = rounded @ weight.T + layer.bias.double()
+    y = layer(x)
+    assert torch.allclose(y.double(), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(y[0].double(), (x[0].double() @ weight.T + layer.bias.double()), rtol=1e-4, atol=1e-4)
+    y.backward(random(3, 6, seed=4))
+    assert torch.allclose(x.grad.double(), random(3, 6, seed=4).double() @ weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("scales", ["one", "row"])
+def test_fp8_tensor_cores_give_the_rounded_product(scales):
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("rows and columns under scales of their own need compute capability 9.0")
+    layer = fp8_layer((64, 256), scales, torch.bfloat16)
+    layer.activations = "token"
+    layer.bias = torch.nn.Parameter(random(64, seed=5).bfloat16(), requires_grad=False)
+    layer = layer.to("cuda")
+    x = random(2, 5, 256, seed=3).bfloat16().to("cuda")
+    assert layer._on_tensor_cores(x)
+    bits, scale = round_to_fp8(x.double().float(), 256)
+    exact = (bits.double() * scale.double()).flatten(-2) @ layer.dequantized(torch.float64).T + layer.bias.double()
+    assert torch.allclose(layer(x).double(), exact, rtol=2**-7, atol=2**-7)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
