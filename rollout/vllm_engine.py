@@ -292,7 +292,8 @@ class VllmEngine:
         engine.engine_core.shutdown()
         del engine
         if self._in_process:
-            gc.collect()
+            for _ in range(2):  # the first lets go of what vLLM's own finalizer holds, the model
+                gc.collect()
             if self._start.on_gpu:
                 torch.cuda.empty_cache()
 
@@ -301,8 +302,9 @@ class VllmEngine:
     def _drain(self) -> None:
         """Take in the step that vLLM still has in flight; a core in a process of its own does so by itself."""
         core = getattr(self._engine.engine_core, "engine_core", None)
-        while core is not None and core.batch_queue:
-            self._engine.step()
+        with memory_errors():
+            while core is not None and core.batch_queue:
+                self._engine.step()
 
     def _rpc(self, method: str, *args: Any) -> Any:
         """Call our worker; what it raises comes as it is, or as vLLM wraps it on the way between processes."""
