@@ -130,7 +130,9 @@ class SamplerGroup:
     """
 
     def __init__(self, members: Sequence[Sampler], concurrency: int) -> None:
-        """``concurrency``: sequences that one engine decodes at once; fewer at a time would leave it half idle."""
+        """``concurrency``: sequences that one engine decodes at once. It is given twice as many or more: an engine that
+        refills its batch has less and less to do as a chunk runs out.
+        """
         self.members = tuple(members)
         self._concurrency = concurrency
         self._busy = [asyncio.Lock() for _ in members]
@@ -145,7 +147,7 @@ class SamplerGroup:
     ) -> AsyncIterator[tuple[int, list[Completion]]]:
         """See ``Sampler``; what one engine raises ends the stream."""
         costs = [len(prompt.prompt_ids) + n * params.max_tokens for prompt in prompts]
-        waiting = chunks(costs, len(self.members), max(1, self._concurrency // n))
+        waiting = chunks(costs, len(self.members), max(1, 2 * self._concurrency // n))
         arrived: asyncio.Queue[tuple[int, list[Completion]] | BaseException] = asyncio.Queue()
 
         async def work(member: Sampler, busy: asyncio.Lock) -> None:

@@ -13,7 +13,7 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("script", ["one_gpu", "learning", "colab_on_gpu", "random_checkpoint"])
+@pytest.mark.parametrize("script", ["one_gpu", "two_gpus", "learning", "colab_on_gpu", "random_checkpoint"])
 def test_each_script_explains_itself(script: str):
     done = subprocess.run(
         [sys.executable, HERE / f"{script}.py", "--help"], capture_output=True, text=True, timeout=120, check=False
@@ -149,3 +149,27 @@ def test_the_random_checkpoint_fills_its_vocabulary(tmp_path: Path):
     before = (folder / "config.json").stat().st_mtime_ns
     random_checkpoint.write(folder, "tiny", torch.float32)
     assert (folder / "config.json").stat().st_mtime_ns == before
+
+
+def test_two_gpus_are_compared_by_the_medians_of_all_steps_but_the_first():
+    import two_gpus
+
+    def step(gpus: int, number: int, rate: float, rollout: float, train: float) -> dict:
+        case = f"{gpus} GPU{'s' * (gpus > 1)}, step {number}"
+        figures = {"samples_per_second": rate, "rollout_s": rollout, "train_s": train}
+        return {"measurement": "steps", "case": case, "gpus": gpus, **figures}
+
+    one = [
+        step(1, 1, 1.0, 90.0, 90.0),
+        step(1, 2, 10.0, 8.0, 4.0),
+        step(1, 3, 12.0, 6.0, 5.0),
+        step(1, 11, 11.0, 7.0, 6.0),
+    ]
+    two = [step(2, 1, 1.0, 90.0, 90.0), step(2, 2, 22.0, 3.5, 2.0)]
+    ratios = two_gpus.compared([*one, *two, {"measurement": "not finished", "case": "x", "ending": "cut"}])
+    assert {key: ratios[key] for key in ("samples_per_second", "rollout_s", "train_s")} == {
+        "samples_per_second": 2.0,
+        "rollout_s": 2.0,
+        "train_s": 2.5,
+    }
+    assert two_gpus.compared(one) is None
