@@ -23,7 +23,7 @@ from posttrain.rl.fingerprint import checksums
 from posttrain.rl.metrics import Mean, Metric
 from posttrain.rl.types import Adapter, OptimParams, OptimResult, Publication, Scores, TrainBatch
 from posttrain.trainer import checkpoint, lora
-from posttrain.trainer.model import PackedModel, load_causal_lm, resolve_device, resolve_dtype
+from posttrain.trainer.model import PackedModel, load_causal_lm, resolve_device
 from posttrain.trainer.optim import Optimizer
 from posttrain.trainer.publishing import AdapterBuffer
 from posttrain.trainer.shared_weights import HeldTensor, bind, frozen_tensors, storage_report
@@ -82,11 +82,8 @@ class Trainer:
             self._model.enable_checkpointing()
         self._loss_scale = FLOAT16_LOSS_SCALE if self._causal_lm.dtype == torch.float16 else 1.0
         self._optimizer = Optimizer(self._weights, trainer, self._loss_scale)
+        self._shares = shared is not None
         self._buffer: AdapterBuffer | None = None
-        if shared is not None:
-            assert self._peft is not None
-            dtype = resolve_dtype(model.dtype, self.device)
-            self._buffer = AdapterBuffer(self._weights, lora.scaling(self._peft), dtype)
         self.policy_version = 0
         self.release_memory()
         if ranks is not None:  # last: a trainer that cannot be built does not leave the others waiting for it
@@ -145,9 +142,11 @@ class Trainer:
 
     def publish_adapter(self) -> Publication:
         """The trained weights for the sampler: through the GPU's memory where the base came that way, else a copy."""
-        if self._buffer is None:
+        if not self._shares:
             return self.export_adapter()
         assert self._peft is not None
+        if self._buffer is None:
+            self._buffer = AdapterBuffer(self._weights, lora.scaling(self._peft), self._causal_lm.dtype)
         return self._buffer.publish(self.policy_version, lora.adapter_config(self._peft))
 
     def clear_gradients(self) -> None:
@@ -221,8 +220,9 @@ class Trainer:
         return {name: figure / 2**30 for name, figure in figures.items()}
 
     def release_memory(self) -> None:
-        """Give cached memory back to the GPU, for the engine to wake into."""
+        """Give cached memory and cuBLAS's workspace back to the GPU, for the engine to wake into."""
         if self.device.type == "cuda":
+            torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()
 
     def close(self) -> None:

@@ -148,6 +148,7 @@ class Session:
             extra_less_context_mib=extra - self.context_mib,
             extra_less_context_pct=100 * (extra - self.context_mib) / base if base else None,
             adapter_mib=adapter,
+            extra_less_context_and_adapter_pct=100 * (extra - self.context_mib - adapter) / base if base else None,
             allocated_mib=1024 * memory.get("allocated_gib", 0.0),
             reserved_mib=1024 * memory.get("reserved_gib", 0.0),
             export_s=export_s,
