@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
+import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -50,6 +52,7 @@ class Actors:
         try:
             if own:
                 ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+                _take_back(signal.SIGTERM)
             self.address = ray.util.get_node_ip_address()
             self._group = self._reserve()
             yield self
@@ -81,6 +84,14 @@ class Actors:
         options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(self._cpu_threads)}}
         options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group, pair)
         return ActorCaller(ray.remote(_Host).options(**options).remote(), name, self._reaper, imports)
+
+
+def _take_back(number: signal.Signals) -> None:
+    """Put our handler of a signal back: Ray's own prints a stack trace and aborts three seconds later."""
+    handler = signal.getsignal(number)
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(number, handler)
+        signal.siginterrupt(number, False)
 
 
 @dataclass(slots=True, frozen=True)

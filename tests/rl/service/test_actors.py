@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
+import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import pytest
 import ray
 
 from posttrain import rl
-from posttrain.rl.errors import ActorDied, CheckpointError, ConfigError
+from posttrain.rl.errors import ActorDied, CheckpointError, ConfigError, EngineError
 from posttrain.rl.service.actors import ActorCaller, Actors
 from tests.e2e.forks import wait_until
 
@@ -44,6 +47,12 @@ class Target:
 
     def die(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
+
+    def drip(self, folder: Path) -> Iterator[int]:
+        """Yields one item, then waits to be killed."""
+        yield 1
+        (folder / "waiting").touch()
+        time.sleep(600)
 
     def place(self) -> tuple[int, str | None]:
         return os.getpid(), os.environ.get("OMP_NUM_THREADS")
@@ -112,6 +121,35 @@ async def test_a_process_that_dies_is_named(session) -> None:
             await caller(method, *([1] if method == "count" else []))
         assert caught.value.actor == "trainer"
     await caller.close()
+
+
+async def test_a_process_killed_in_the_middle_of_a_stream(session, tmp_path) -> None:
+    caller = await build(session, "sampler", Target)
+    items = caller.stream("drip", tmp_path)
+    assert await anext(items) == 1
+    wait_until((tmp_path / "waiting").exists, "the pause after the first item")
+    os.kill(caller.home.pid, signal.SIGKILL)
+    with pytest.raises(ActorDied, match="the sampler's process died") as caught:
+        await asyncio.wait_for(anext(items), 30)
+    assert caught.value.actor == "sampler"
+    assert not await caller.alive()
+    await caller.close()
+
+
+async def test_a_process_killed_before_it_settles(session) -> None:
+    caller = session.spawn("trainer", 0, ("torch",))
+    pid = await caller._actor.__ray_call__.remote(lambda _: os.getpid())
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(ActorDied, match="the trainer's process died"):
+        await caller.make(Target)
+    await caller.close()
+
+
+async def test_more_pairs_than_there_are_gpus(session) -> None:
+    actors = Actors(2, gpu=True, cpu_threads=1)
+    with pytest.raises(EngineError, match=r"gpus = 2, but Ray sees 0: lower gpus"), actors.reserved():
+        pass
+    assert ray.is_initialized()
 
 
 async def test_a_ray_that_was_there_is_left_running(session) -> None:

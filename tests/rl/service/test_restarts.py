@@ -182,7 +182,8 @@ def test_one_failure_too_many_ends_the_run_with_the_numbers(references, monkeypa
     assert caught.value.actor == "trainer"
     assert not hosts.faults and sorted(hosts.closed[-2:]) == ["sampler", "trainer"]
     monkeypatch.undo()
-    run.train(load(tmp_path / "on_policy" / "config.toml"), resume=tmp_path / "on_policy", base=CONFIG.parent)
+    stored = load(tmp_path / "on_policy" / "config.toml", ["placement=embedded"])
+    run.train(stored, resume=tmp_path / "on_policy", base=CONFIG.parent)
     assert_same_run(RunDir(tmp_path / "on_policy"), references["on_policy"])
 
 

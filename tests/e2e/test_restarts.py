@@ -1,0 +1,86 @@
+"""Actors killed with SIGKILL in mid-call: the run goes on by itself, and equals one that nobody touched."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections import Counter
+
+import pytest
+import ray
+
+from posttrain.rl.config import load
+from posttrain.rl.run_dir import RunDir
+from posttrain.rl.service import run
+from posttrain.rl.service.actors import ActorCaller, Actors
+
+from .test_kill_and_resume import CONFIG, MODES, assert_same_run
+
+pytestmark = pytest.mark.slow
+
+KILLS = {
+    # Two epochs a step: calls 1 to 12 of forward_backward are the warm start's, 13 and 14 step 1's, and so on.
+    "on_policy": {("trainer", "forward_backward", 16), ("sampler", "stream", 7), ("trainer", "save", 4)},
+    "overlapped": {("sampler", "stream", 6), ("trainer", "forward_backward", 22)},
+}
+
+
+@pytest.fixture(scope="module")
+def session():
+    """One Ray for both runs."""
+    with Actors(1, gpu=False, cpu_threads=1).reserved():
+        yield
+    assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_killed_actors_do_not_show_in_the_run(mode, session, monkeypatch, tmp_path) -> None:
+    waiting, calls, homes = set(KILLS[mode]), Counter(), []
+    call, stream, make = ActorCaller.__call__, ActorCaller.stream, ActorCaller.make
+
+    def due(caller, method) -> bool:
+        calls[caller.name, method] += 1
+        moment = (caller.name, method, calls[caller.name, method])
+        if moment not in waiting:
+            return False
+        waiting.remove(moment)
+        return True
+
+    async def called(self, method, *args, **kwargs):
+        kill, working = due(self, method), asyncio.ensure_future(call(self, method, *args, **kwargs))
+        if kill:
+            await asyncio.sleep(0.01)
+            os.kill(self.home.pid, signal.SIGKILL)
+        return await working
+
+    async def streamed(self, method, *args):
+        kill = due(self, method)
+        async for item in stream(self, method, *args):
+            yield item
+            if kill:
+                os.kill(self.home.pid, signal.SIGKILL)
+                kill = False
+
+    async def made(self, maker):
+        await make(self, maker)
+        homes.append((self.name, self.home.pid))
+
+    monkeypatch.setattr(ActorCaller, "__call__", called)
+    monkeypatch.setattr(ActorCaller, "stream", streamed)
+    monkeypatch.setattr(ActorCaller, "make", made)
+    options = [option for option in MODES[mode] if option != "--set"]
+    config = load(CONFIG, [f"output_dir={tmp_path}", "run_name=run", "placement=ray", *options])
+    result = RunDir(run.train(config, base=CONFIG.parent).run_dir)
+    assert not waiting
+    monkeypatch.undo()
+    quiet = ["logging.console=off", "placement=embedded"]
+    whole = load(CONFIG, [f"output_dir={tmp_path}", "run_name=whole", *quiet, *options])
+    assert_same_run(result, RunDir(run.train(whole, base=CONFIG.parent).run_dir), mode)
+    lost = Counter(name for name, _, _ in KILLS[mode])
+    assert Counter(name for name, _ in homes) == {
+        "sampler": 1 + lost["sampler"],
+        "trainer": 1 + lost["trainer"] + lost["sampler"],
+    }
+    warnings = [line for line in result.messages_file.read_text().splitlines() if " warning: " in line]
+    assert len(warnings) == len(KILLS[mode]) and all("process died" in line for line in warnings)
