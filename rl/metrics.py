@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Protocol, Self
 
 if TYPE_CHECKING:
@@ -117,3 +117,15 @@ def merge(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
 def values(metrics: Mapping[str, Metric]) -> dict[str, float]:
     """Final figures, in the order the keys came."""
     return {key: metric.value() for key, metric in metrics.items()}
+
+
+def on_host(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+    """The same with plain numbers in place of tensors: fit for a process that must not open the GPU."""
+    return {
+        key: type(metric)(*(_number(getattr(metric, field.name)) for field in fields(metric)))  # type: ignore[arg-type]
+        for key, metric in metrics.items()
+    }
+
+
+def _number(value: Number) -> float | int:
+    return value if isinstance(value, float | int) else value.item()

@@ -118,7 +118,8 @@ class Trainer:
 
         Raises ``OutOfMemory`` where a micro-batch does not fit; the gradients are then of no use: clear them.
         """
-        return metrics.merge([self._within(batch, partial(self._backward, batch, algorithm)) for batch in batches])
+        parts = [self._within(batch, partial(self._backward, batch, algorithm)) for batch in batches]
+        return metrics.on_host(metrics.merge(parts))
 
     def optim_step(self, params: OptimParams) -> OptimResult:
         """Sum the gradients over the ranks, clip, step, clear them; the policy version grows by one.
