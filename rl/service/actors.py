@@ -51,8 +51,8 @@ class Actors:
         self._reaper = Reaper(own_session=own)
         try:
             if own:
-                ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
-                _take_back(signal.SIGTERM)
+                with _keeping(signal.SIGTERM):
+                    ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
             self.address = ray.util.get_node_ip_address()
             self._group = self._reserve()
             yield self
@@ -86,12 +86,14 @@ class Actors:
         return ActorCaller(ray.remote(_Host).options(**options).remote(), name, self._reaper, imports)
 
 
-def _take_back(number: signal.Signals) -> None:
-    """Put our handler of a signal back: Ray's own prints a stack trace and aborts three seconds later."""
+@contextmanager
+def _keeping(number: signal.Signals) -> Iterator[None]:
+    """Put our handler of a signal back: one of Ray's two exits at once, the other aborts three seconds later."""
     handler = signal.getsignal(number)
+    yield
     if handler is not None and threading.current_thread() is threading.main_thread():
         signal.signal(number, handler)
-        signal.siginterrupt(number, False)
+        signal.siginterrupt(number, False)  # as asyncio had it
 
 
 @dataclass(slots=True, frozen=True)

@@ -10,10 +10,12 @@ from collections import Counter
 import pytest
 import ray
 
+from posttrain import rl
 from posttrain.rl.config import load
 from posttrain.rl.run_dir import RunDir
 from posttrain.rl.service import run
 from posttrain.rl.service.actors import ActorCaller, Actors
+from tests.rl.service.tiny_runs import ROWS, settings, spread
 
 from .test_kill_and_resume import CONFIG, MODES, assert_same_run
 
@@ -84,3 +86,32 @@ def test_killed_actors_do_not_show_in_the_run(mode, session, monkeypatch, tmp_pa
     }
     warnings = [line for line in result.messages_file.read_text().splitlines() if " warning: " in line]
     assert len(warnings) == len(KILLS[mode]) and all("process died" in line for line in warnings)
+
+
+def test_two_pairs_of_which_one_loses_its_trainer(session, monkeypatch, tmp_path) -> None:
+    """Both trainers start again, the engines live, and the figures are those of one pair but for rounding."""
+    killed, homes = [], []
+    call, make = ActorCaller.__call__, ActorCaller.make
+
+    async def called(self, method, *args, **kwargs):
+        working = asyncio.ensure_future(call(self, method, *args, **kwargs))
+        if self.name == "trainer 1" and method == "optim_step" and not killed and len(RunDir(folder).metrics()) == 2:
+            killed.append(self.name)
+            os.kill(self.home.pid, signal.SIGKILL)
+        return await working
+
+    async def made(self, maker):
+        await make(self, maker)
+        homes.append(self.name)
+
+    monkeypatch.setattr(ActorCaller, "__call__", called)
+    monkeypatch.setattr(ActorCaller, "make", made)
+    folder = tmp_path / "pairs" / "run"
+    common = {"dataset": ROWS, "rewards": [spread], "run_name": "run", "steps": 3, "checkpoint": {"every": 1}}
+    pairs = rl.train(**settings(gpus=2, placement="ray", output_dir=str(tmp_path / "pairs"), **common))
+    monkeypatch.undo()
+    assert killed and Counter(homes) == {"sampler 0": 1, "sampler 1": 1, "trainer 0": 2, "trainer 1": 2}
+    single = rl.train(**settings(output_dir=str(tmp_path / "single"), **common))
+    for ours, theirs in zip(pairs.metrics, single.metrics, strict=True):
+        for key in ("reward/mean", "rollout/completion_tokens", "optim/grad_norm", "policy/entropy", "loss/total"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), key
