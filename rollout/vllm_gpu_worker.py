@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from vllm.model_executor.warmup import kernel_warmup
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -24,6 +25,14 @@ class GpuWorker(PosttrainWorker, Worker):
             return super().compile_or_warm_up_model()
         finally:
             setattr(kernel_warmup, name, warm_up)
+
+    def sleep(self, level: int = 1) -> None:
+        """Give the KV cache back. vLLM's own also asserts that the GPU has more free memory afterwards, which is not so
+        where another process takes some in the same moment: here the trainer does.
+        """
+        torch.cuda.synchronize()
+        self._get_sleep_mode_backend().suspend(level)
+        torch.cuda.synchronize()
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         """All or nothing: where memory runs out half-way, what was mapped is given back, and waking can be tried again.

