@@ -119,6 +119,8 @@ def samples(options: argparse.Namespace) -> None:
     from step import letters, rows
 
     from posttrain import rl
+    from posttrain.rl.plot import write_timeline_plot
+    from posttrain.rl.run_dir import RunDir
 
     result = rl.train(
         model={"name": str(options.model)},
@@ -147,6 +149,9 @@ def samples(options: argparse.Namespace) -> None:
         rate, tokens = row["perf/samples_per_second"], row["rollout/completion_tokens"]
         case = f"{options.gpus} GPU{'s' * (options.gpus > 1)}, step {row['step']}"
         emit("steps", case, gpus=options.gpus, samples_per_second=rate, completion_tokens=tokens, **phases)
+    last = steps[-1]["step"]
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_timeline_plot(RunDir.open(result.run_dir), last, options.out / f"timeline_{options.gpus}.png")
     shutil.rmtree(result.run_dir)
 
 
