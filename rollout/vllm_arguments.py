@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from posttrain.rl import machine
 from posttrain.rl.errors import EngineError
+from posttrain.rl.footprint import BATCHED_TOKENS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,13 +17,8 @@ if TYPE_CHECKING:
     from posttrain.rl.config import ModelConfig, RolloutConfig
 
 _QUANTIZATION = {"none": None, "nf4": "bitsandbytes", "fp8": "fp8"}
-_LINEAR_BYTES = {"nf4": 0.5 + 4 / 64, "fp8": 1.0}
-"""A quantized weight's bytes, its scale in: NF4 has a float32 for every 64."""
-_WORKING_BYTES = machine.GIB
-"""CUDA context and compiled graphs of a small model."""
 _MOST_SEQUENCES = 1024
 _MOST_CAPTURED = 512
-_BATCHED_TOKENS = 8192
 
 
 @dataclass(slots=True, frozen=True)
@@ -121,11 +115,11 @@ class Start:
             if self.on_gpu:
                 args["compilation_config"] = {"cudagraph_capture_sizes": capture_sizes(args["max_num_seqs"])}
         if self.on_gpu:
-            most = args.get("max_num_seqs", _MOST_SEQUENCES) * args.get("max_model_len", _BATCHED_TOKENS)
-            args |= {"enable_sleep_mode": True, "max_num_batched_tokens": min(_BATCHED_TOKENS, most)}
+            most = args.get("max_num_seqs", _MOST_SEQUENCES) * args.get("max_model_len", BATCHED_TOKENS)
+            args |= {"enable_sleep_mode": True, "max_num_batched_tokens": min(BATCHED_TOKENS, most)}
         if self.kv_cache_bytes is not None:
             # Next to a stated number of bytes vLLM uses its share of the GPU for one check only: at the start as much
-            # must be free. `refuse_busy_gpu` checks what is really needed.
+            # must be free. What is really needed was checked before (`rl.memory.split`).
             args |= {"kv_cache_memory_bytes": self.kv_cache_bytes}
             if self.on_gpu:
                 args["gpu_memory_utilization"] = 0.01
@@ -151,35 +145,6 @@ class Start:
             endings = sorted({name.rpartition(".")[2] for name in self.lora_targets})
             args |= {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "lora_target_modules": endings}
         return args
-
-    @property
-    def weight_bytes(self) -> int:
-        """What the base weights take in the engine."""
-        shapes, linear = self.architecture.shapes, self.architecture.linear
-        inner = sum(outputs * inputs for outputs, inputs in linear.values())
-        outer = sum(math.prod(shape) for shape in shapes.values()) - inner
-        return int(
-            inner * _LINEAR_BYTES.get(self.model.quantization, self.dtype.itemsize) + outer * self.dtype.itemsize
-        )
-
-    def refuse_busy_gpu(self) -> None:
-        """Raise ``EngineError`` with the numbers where weights and KV cache cannot fit into what is free."""
-        gpus = machine.gpus() if self.on_gpu and self.kv_cache_bytes is not None else []
-        if not gpus or gpus[0].free is None or self.kv_cache_bytes is None:
-            return
-        needed = self.weight_bytes + self.kv_cache_bytes + _WORKING_BYTES
-        if needed > gpus[0].free:
-            parts = f"weights {_gib(self.weight_bytes)}, KV cache {_gib(self.kv_cache_bytes)}"
-            total = f" of {_gib(gpus[0].total)}" if gpus[0].total else ""
-            raise EngineError(
-                f"vLLM needs {_gib(needed)} GiB of GPU memory ({parts}, to work in {_gib(_WORKING_BYTES)}), but "
-                f"{_gib(gpus[0].free)}{total} GiB are free on {gpus[0].name}: end what else runs there (nvidia-smi), "
-                "or lower rollout.kv_cache_gib or gpu_memory_gib"
-            )
-
-
-def _gib(size: int) -> str:
-    return f"{size / machine.GIB:.1f}"
 
 
 def capture_sizes(sequences: int) -> list[int]:

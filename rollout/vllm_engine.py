@@ -94,7 +94,6 @@ class VllmEngine:
             kv_cache_bytes,
             sequences,
         )
-        self._start.refuse_busy_gpu()
         self._policy_version = 0
         self._serial = itertools.count()
         self._asleep = False

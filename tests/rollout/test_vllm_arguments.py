@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from posttrain.rl import machine
 from posttrain.rl.config import ModelConfig, RolloutConfig
 from posttrain.rl.errors import EngineError
 from posttrain.rollout.vllm_arguments import Architecture, Start, allowed_rank, capture_sizes
@@ -91,22 +90,3 @@ def test_slots_come_in_fixed_ranks() -> None:
     assert [allowed_rank(rank, (8, 16, 1, 32)) for rank in (1, 2, 8, 9, 32)] == [1, 8, 8, 16, 32]
     with pytest.raises(EngineError, match="dense"):
         allowed_rank(33, (8, 16, 1, 32))
-
-
-def test_weight_bytes_are_counted_by_scheme(architecture: Architecture) -> None:
-    attention, mlp = 64 * 64 * 2 + 32 * 64 * 2, 3 * 64 * 128
-    linear = 2 * (attention + mlp)
-    rest = PADDED_VOCABULARY * 64 + 2 * (2 * 64 + 2 * 32) + 64
-    assert start(architecture).weight_bytes == 2 * (linear + rest)
-    assert start(architecture, "fp8").weight_bytes == linear + 2 * rest
-    assert start(architecture, "nf4").weight_bytes == int(linear * 0.5625) + 2 * rest
-
-
-def test_a_busy_gpu_is_refused_with_the_numbers(architecture: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = 6 * GIB
-    monkeypatch.setattr(machine, "gpus", lambda: [machine.Gpu(0, "H", 80 * GIB, free, (9, 0), "1")])
-    start(architecture, kv_cache_bytes=4 * GIB).refuse_busy_gpu()
-    with pytest.raises(EngineError, match=r"needs 9\.0 GiB .* KV cache 8\.0.* 6\.0 of 80\.0 GiB are free on H"):
-        start(architecture, kv_cache_bytes=8 * GIB).refuse_busy_gpu()
-    start(architecture, kv_cache_bytes=8 * GIB, on_gpu=False).refuse_busy_gpu()
-    start(architecture).refuse_busy_gpu()  # without a number of its own vLLM takes what it finds
