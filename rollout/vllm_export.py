@@ -61,6 +61,7 @@ def exported(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dic
     """Every transformers parameter in ``shapes``, and the tensors whose memory the handles need beside the model's."""
     found: dict[str, Held | Repacked] = {}
     origins: dict[str, str] = {}
+    schemes: dict[str, Literal["dense", "nf4", "fp8"]] = {}
     for name, shape in shapes.items():
         module_name, _, leaf = name.rpartition(".")
         place = layout.find(module_name)
@@ -69,13 +70,14 @@ def exported(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dic
             found[name] = held(place, leaf, tuple(shape))
         except Repacked as reason:
             found[name] = reason
+            schemes[name] = _scheme(place, leaf)
     tensors = [tensor for weight in found.values() if isinstance(weight, Held) for tensor in weight.tensors.values()]
     digests = iter(checksums(tensors))
     weights = {}
     for name, weight in found.items():
         shape, origin = tuple(shapes[name]), origins[name]
         if isinstance(weight, Repacked):
-            weights[name] = SharedWeight("dense", {}, shape, {}, origin, repacked=str(weight))
+            weights[name] = SharedWeight(schemes[name], {}, shape, {}, origin, repacked=str(weight))
             continue
         weights[name] = SharedWeight(
             weight.scheme,
@@ -100,6 +102,16 @@ def held(place: Place | None, leaf: str, shape: tuple[int, ...]) -> Held:
     if leaf == "weight" and data.dtype == torch.float8_e4m3fn:
         return _fp8(place, data, shape)
     return _dense(place, data, shape)
+
+
+def _scheme(place: Place | None, leaf: str) -> Literal["dense", "nf4", "fp8"]:
+    """How the engine quantizes a weight that it keeps in a form of its own: a private copy has to be rounded alike."""
+    if place is None or leaf != "weight":
+        return "dense"
+    states = getattr(getattr(place.module, leaf, None), "bnb_quant_state", None) or {}
+    if any(getattr(state, "quant_type", None) == "nf4" for state in states.values()):
+        return "nf4"
+    return "fp8" if hasattr(getattr(place.module, "quant_method", None), "fp8_linear") else "dense"
 
 
 def _dense(place: Place, data: Tensor, shape: tuple[int, ...]) -> Held:

@@ -103,6 +103,7 @@ def test_a_weight_in_a_form_of_its_own_is_named_and_not_shared(change: str, reas
     name = "other.weight" if change == "gone" else "o_proj.weight"
     weight = one(network(o_proj=layer), name, (5, 6) if change == "shape" else (4, 6))
     assert weight.repacked is not None and not weight.tensors and not weight.checksums
+    assert weight.scheme == "dense"
     assert re.search(reason, weight.repacked)
 
 
@@ -150,13 +151,15 @@ def test_nf4_parts_are_byte_slices_with_their_own_scales(nested: bool) -> None:
 
 def test_nf4_in_pieces_for_one_transformers_weight_is_not_shared() -> None:
     layer = nf4_layer([torch.randn(8, 64), torch.randn(8, 64)])
-    assert "2 pieces" in str(one(network(mlp__gate_up_proj=layer), "mlp.gate_up_proj.weight", (16, 64)).repacked)
+    weight = one(network(mlp__gate_up_proj=layer), "mlp.gate_up_proj.weight", (16, 64))
+    assert "2 pieces" in str(weight.repacked) and weight.scheme == "nf4"
 
 
 def test_other_four_bit_codes_are_not_shared() -> None:
     layer = nf4_layer([torch.randn(8, 64)])
     layer.weight.bnb_quant_state[0].quant_type = "fp4"
-    assert "fp4" in str(one(network(o_proj=layer), "o_proj.weight", (8, 64)).repacked)
+    weight = one(network(o_proj=layer), "o_proj.weight", (8, 64))
+    assert "fp4" in str(weight.repacked) and weight.scheme == "dense"
 
 
 # -- fp8 --------------------------------------------------------------------------------------------------------------
@@ -217,4 +220,7 @@ def test_fp8_laid_out_for_one_kernel_is_not_shared(change: str) -> None:
     layer.weight_scale = nn.Parameter(scale.half() if change == "scale type" else scale, requires_grad=False)
     if change != "orientation":  # a square weight tells its orientation by its strides alone
         layer.weight = nn.Parameter(layer.weight.data.t(), requires_grad=False)
-    assert one(network(o_proj=layer), "o_proj.weight", (16, 16)).repacked is not None
+    layer.bias = nn.Parameter(torch.zeros(3), requires_grad=False)
+    weights = export(network(o_proj=layer), o_proj__weight=(16, 16), o_proj__bias=(16,))
+    assert all(weight.repacked is not None for weight in weights.values())
+    assert {name: weight.scheme for name, weight in weights.items()} == {"o_proj.weight": "fp8", "o_proj.bias": "dense"}
