@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from posttrain.kernels.reference import FP8_BLOCK, fp8_weight
 from posttrain.rl.errors import EngineError
 
 if TYPE_CHECKING:
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
 NF4_BLOCK = 64
 """Weights under one absmax: bitsandbytes' and vLLM's default."""
-FP8_BLOCK = 128
-"""Side of the square of weights under one scale, where scales go by block."""
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 _NF4_OUTPUT_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -124,20 +123,8 @@ class Fp8Linear(QuantizedLinear):
         )
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """See ``QuantizedLinear``. Every element is rounded once: e4m3 is exact in any wider type, and a scale that is
-        not a bare number keeps its float32 in the product.
-        """
-        weight = self.weight.data.view(torch.float8_e4m3fn).to(dtype)
-        if self.scale.numel() == 1 or self.scale.shape == (self.out_features, 1):
-            return weight.mul_(self.scale.view(-1, 1))
-        rows = self.scale.repeat_interleave(FP8_BLOCK, dim=0)[: self.out_features]
-        whole = self.in_features // FP8_BLOCK
-        cut = whole * FP8_BLOCK
-        if whole:
-            weight[:, :cut].unflatten(1, (whole, FP8_BLOCK)).mul_(rows[:, :whole, None])
-        if cut < self.in_features:
-            weight[:, cut:].mul_(rows[:, whole:])
-        return weight
+        """See ``QuantizedLinear``."""
+        return fp8_weight(self.weight.data.view(torch.float8_e4m3fn), self.scale, dtype)
 
 
 def round_to_fp8(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
