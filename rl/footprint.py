@@ -18,9 +18,14 @@ from posttrain.rl.machine import GIB, MIB, Memory, gib
 if TYPE_CHECKING:
     from posttrain.rl.config import Config
 
-RUNTIME = GIB // 2
-"""What torch itself takes in each process: the CUDA context and cuBLAS's workspace (32 MiB on Hopper, 8 before), or
-the libraries in main memory."""
+RUNTIME = 640 * MIB
+"""What torch itself takes in each process: the CUDA context, or the libraries in main memory. A bare context: 617 MiB,
+measured on an H200, 2026-11-22, vLLM 0.26, torch 2.11."""
+BESIDE = 200 * MIB
+"""What a trainer on a GPU takes beside context, weights and adapter: kernels, buffers, fragments. 70 to 200 MiB,
+measured on an H200, 2026-11-22, vLLM 0.26, torch 2.11."""
+NCCL = GIB // 2
+"""Device memory of NCCL's buffers and channels in each of several trainers, outside torch's allocator. An estimate."""
 TILE = 4096
 """Rows and columns of the logits worked on at once (float32), the defaults of ``kernels.reference.token_logprobs``."""
 NF4_BLOCK = 64
@@ -31,9 +36,12 @@ FP8_SCALE = 4
 """One float32 a layer (vLLM's online fp8)."""
 BATCHED_TOKENS = 8192
 """Tokens of one forward pass of vLLM at most; with more of them waiting it takes several."""
-GRAPHS_A_LAYER = 12 * MIB
-"""CUDA graphs hold the launch parameters of every kernel of a layer at every captured batch size: at most 23 sizes,
-each piecewise and in full, at a quarter of a MiB. To be corrected by measurement."""
+GRAPHS = 5 * MIB // 8
+"""CUDA graphs of one layer at one batch size, piecewise and in full: they hold every kernel's launch parameters. 0.23
+GiB for 11 sizes of 36 layers, measured on an H200, 2026-11-22, vLLM 0.26, torch 2.11; all that vLLM took beside weights
+and KV cache was 1.36 GiB there, the model below says 1.49."""
+MOST_CAPTURED = 512
+"""The largest batch that a CUDA graph is captured for."""
 LARGE_GPU = 70 * GIB
 """From here on, the A100 apart, vLLM decodes 1,024 sequences at once, else 256 (``EngineArgs.get_batch_defaults``)."""
 KV_BLOCK = 64
@@ -69,7 +77,7 @@ class MemoryEstimate:
     kv_least: int
     """Without which it cannot run: vLLM asks for one sequence at its longest."""
     sequences: int
-    """Sequences decoded at once."""
+    """Sequences that one engine decodes at once."""
     overlapped: bool
     """Sampling goes on while the trainer works (``rollout.max_staleness``)."""
 
@@ -167,7 +175,7 @@ def estimate_memory(
         weights=weights,
         sampler=weights if twice else 0,
         engine=engine_bytes(config, model, sequences) if vllm and on_gpu else 0,
-        runtime=2 * RUNTIME if apart and not (vllm and on_gpu) else RUNTIME,
+        runtime=_runtime(config, on_gpu, processes=2 if apart and not (vllm and on_gpu) else 1),
         adapter=adapter,
         gradients=wide * trainable,
         optimizer=2 * trainable * (1 if trainer.optimizer == "adamw_8bit" else wide),
@@ -178,6 +186,12 @@ def estimate_memory(
         sequences=sequences,
         overlapped=config.rollout.max_staleness > 0,
     )
+
+
+def _runtime(config: Config, on_gpu: bool, processes: int) -> int:
+    """Of the processes other than vLLM's, the trainer's among them."""
+    trainer = BESIDE + (NCCL if config.gpus > 1 else 0)
+    return processes * RUNTIME + (trainer if on_gpu else 0)
 
 
 def uses_vllm(config: Config, on_gpu: bool) -> bool:
@@ -220,10 +234,19 @@ def engine_bytes(config: Config, model: Any, sequences: int) -> int:
     text = model.config.get_text_config()
     activations = BATCHED_TOKENS * 3 * (text.hidden_size + _widest(model)) * size
     sampling = sequences * text.vocab_size * (size + 4 * 4)
-    graphs = 0 if config.rollout.enforce_eager else text.num_hidden_layers * GRAPHS_A_LAYER
+    sizes = [] if config.rollout.enforce_eager else capture_sizes(sequences)
+    graphs = len(sizes) * text.num_hidden_layers * GRAPHS
     return (
         RUNTIME + graphs + max(activations, sampling) + _lora_slots(config, model) * size + _dequantized(config, model)
     )
+
+
+def capture_sizes(sequences: int) -> list[int]:
+    """Batch sizes to capture CUDA graphs for, ``sequences`` among them: at most an eighth of a batch is padding."""
+    largest = min(sequences, MOST_CAPTURED)
+    sizes = {1, 2, 4, largest}
+    sizes |= {*range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, MOST_CAPTURED + 1, 64)}
+    return sorted(size for size in sizes if size <= largest)
 
 
 def _lora_slots(config: Config, model: Any) -> int:
@@ -235,13 +258,13 @@ def _lora_slots(config: Config, model: Any) -> int:
 
 
 def _sequences(config: Config, vllm_on: Memory | None) -> int:
-    """Sequences decoded at once, at most."""
+    """Sequences that one engine decodes at once, at most; several engines share the prompts, each whole groups."""
     rollout, evaluation = config.rollout, config.evaluation
-    wanted = rollout.prompts_per_step * rollout.group_size
+    wanted = -(-rollout.prompts_per_step // config.gpus) * rollout.group_size
     if vllm_on is None:
         return min(wanted, rollout.max_sequences)
     if evaluation.every:
-        wanted = max(wanted, evaluation.max_prompts * evaluation.samples)
+        wanted = max(wanted, -(-evaluation.max_prompts // config.gpus) * evaluation.samples)
     large = vllm_on.total >= LARGE_GPU and "a100" not in vllm_on.name.lower()
     return min(wanted, 1024 if large else 256)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from posttrain.rl.errors import EngineError
-from posttrain.rl.footprint import BATCHED_TOKENS
+from posttrain.rl.footprint import BATCHED_TOKENS, capture_sizes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 _QUANTIZATION = {"none": None, "nf4": "bitsandbytes", "fp8": "fp8"}
 _MOST_SEQUENCES = 1024
-_MOST_CAPTURED = 512
 
 
 @dataclass(slots=True, frozen=True)
@@ -145,14 +144,6 @@ class Start:
             endings = sorted({name.rpartition(".")[2] for name in self.lora_targets})
             args |= {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "lora_target_modules": endings}
         return args
-
-
-def capture_sizes(sequences: int) -> list[int]:
-    """Batch sizes to capture CUDA graphs for, ``sequences`` among them: at most an eighth of a batch is padding."""
-    largest = min(sequences, _MOST_CAPTURED)
-    sizes = {1, 2, 4, largest}
-    sizes |= {*range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, _MOST_CAPTURED + 1, 64)}
-    return sorted(size for size in sizes if size <= largest)
 
 
 def allowed_rank(rank: int, allowed: Sequence[int]) -> int:

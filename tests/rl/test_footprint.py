@@ -10,7 +10,15 @@ import pytest
 from posttrain.rl.architecture import meta_model
 from posttrain.rl.config import build
 from posttrain.rl.errors import ConfigError
-from posttrain.rl.footprint import RUNTIME, estimate_memory, kv_bytes_per_token, uses_vllm
+from posttrain.rl.footprint import (
+    BESIDE,
+    NCCL,
+    RUNTIME,
+    capture_sizes,
+    estimate_memory,
+    kv_bytes_per_token,
+    uses_vllm,
+)
 from posttrain.rl.machine import GIB, MIB, Memory
 from tests.rl.architectures import CPU, GPU, H200, QWEN3_4B, SMALL, configured
 
@@ -119,7 +127,7 @@ def test_the_peak_counts_what_is_there_at_once() -> None:
     config = configured(SMALL, rollout={"engine": "transformers"})
     apart = estimate_memory(config, GPU)
     together = estimate_memory(configured(SMALL, rollout={"engine": "transformers", "max_staleness": 1}), GPU)
-    held = apart.weights + apart.adapter + apart.gradients + apart.optimizer + RUNTIME
+    held = apart.weights + apart.adapter + apart.gradients + apart.optimizer + RUNTIME + BESIDE
     assert apart.total == held + max(apart.activations, apart.kv_cache)
     assert together.total == held + apart.activations + apart.kv_cache
 
@@ -208,6 +216,42 @@ def test_sequences_at_once_are_those_of_a_step_or_an_evaluation(
     assert estimate_memory(config, memory).sequences == sequences
 
 
+@pytest.mark.parametrize(
+    ("gpus", "engine", "evaluation", "sequences"),
+    [
+        (1, "vllm", {}, 10 * 8),
+        (2, "vllm", {}, 5 * 8),
+        (3, "vllm", {}, 4 * 8),  # prompts are shared 4, 3, 3
+        (3, "vllm", {"every": 10, "max_prompts": 50, "samples": 4}, 17 * 4),
+        (16, "vllm", {}, 8),
+        (3, "transformers", {}, 4 * 8),
+    ],
+)
+def test_each_of_several_engines_decodes_its_share(
+    gpus: int, engine: str, evaluation: dict[str, int], sequences: int
+) -> None:
+    rollout = {"engine": engine, "prompts_per_step": 10, "group_size": 8, "max_tokens": 512, "max_sequences": 512}
+    config = configured(QWEN3_4B, rollout=rollout, evaluation=evaluation, data={"eval_rows": 1}, gpus=gpus)
+    estimate = estimate_memory(config, H200)
+    assert estimate.sequences == sequences
+    if engine == "vllm":
+        assert estimate.kv_cache == sequences * 386_924_544
+
+
+@pytest.mark.parametrize(
+    ("gpus", "engine", "memory", "runtime"),
+    [
+        (1, "vllm", H200, RUNTIME + BESIDE),
+        (2, "vllm", H200, RUNTIME + BESIDE + NCCL),  # vLLM's own process counts as the engine's
+        (2, "transformers", H200, 2 * RUNTIME + BESIDE + NCCL),
+        (2, "transformers", CPU, 2 * RUNTIME),
+    ],
+)
+def test_what_the_processes_of_a_pair_take(gpus: int, engine: str, memory: Memory, runtime: int) -> None:
+    config = configured(SMALL, rollout={"engine": engine}, gpus=gpus)
+    assert estimate_memory(config, memory).runtime == runtime
+
+
 def test_a_given_kv_cache_is_what_there_is_and_must_hold_a_sequence() -> None:
     config = configured(QWEN3_4B, rollout={"engine": "vllm", "kv_cache_gib": 2.5})
     estimate = estimate_memory(config, H200)
@@ -223,11 +267,13 @@ def test_what_vllm_takes_beside_weights_and_cache_by_hand() -> None:
     pass_ = 8192 * 3 * (2560 + 9728) * 2  # more than the sampler's 64 rows of logits
     lora = 33_030_144 * 2
     estimate = estimate_memory(configured(QWEN3_4B, rollout=rollout), H200)
-    assert estimate.engine == RUNTIME + 36 * 12 * MIB + pass_ + lora
-    assert (estimate.runtime, estimate.sampler) == (RUNTIME, 0)
+    graphs = 11 * 36 * 5 * MIB // 8  # batches of 1, 2, 4, 8, 16, … 64
+    assert estimate.engine == RUNTIME + graphs + pass_ + lora
+    assert 1.36 * GIB < estimate.engine < 1.1 * 1.36 * GIB  # as measured on an H200
+    assert (estimate.runtime, estimate.sampler) == (RUNTIME + BESIDE, 0)
     assert estimate.publication == lora
     eager = estimate_memory(configured(QWEN3_4B, rollout={**rollout, "enforce_eager": True}), H200)
-    assert estimate.engine - eager.engine == 36 * 12 * MIB
+    assert estimate.engine - eager.engine == graphs
     many = {"engine": "vllm", "prompts_per_step": 128, "group_size": 8, "enforce_eager": True}
     sampler = 1024 * 151936 * (2 + 4 * 4)
     assert sampler > pass_
@@ -236,6 +282,16 @@ def test_what_vllm_takes_beside_weights_and_cache_by_hand() -> None:
     assert estimate_memory(nf4, H200).engine - estimate.engine == 2560 * 9728 * 2  # one layer dequantized
     slots = configured(QWEN3_4B, rollout={**rollout, "lora_backend": "slots"}, trainer={"lora": {"rank": 24}})
     assert estimate_memory(slots, H200).engine - estimate.engine == lora  # rank 24 in slots of 32
+
+
+@pytest.mark.parametrize("sequences", [1, 3, 8, 20, 64, 100, 256, 500, 1024])
+def test_every_reachable_batch_has_a_graph_with_little_padding(sequences: int) -> None:
+    sizes = capture_sizes(sequences)
+    assert sizes[-1] == min(sequences, 512) and sizes == sorted(set(sizes))
+    for batch in range(1, min(sequences, 512) + 1):
+        size = min(size for size in sizes if size >= batch)
+        assert size - batch <= max(7, batch // 4)
+    assert len(sizes) <= 27
 
 
 def test_vllm_on_a_cpu_holds_weights_of_its_own() -> None:

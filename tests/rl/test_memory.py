@@ -10,6 +10,7 @@ import pytest
 from posttrain.rl import machine, memory
 from posttrain.rl.config import build
 from posttrain.rl.errors import ConfigError, EngineError
+from posttrain.rl.footprint import BESIDE, RUNTIME
 from posttrain.rl.machine import GIB, Gpu, Memory, Process
 from posttrain.rl.memory import available, check_fits, estimate_memory, split
 from tests.rl.architectures import CPU, GPU, H200, QWEN3_4B, SMALL, configured
@@ -70,7 +71,9 @@ def test_the_message_says_what_would_help(changes: dict[str, Any], free: int, re
 
 # Qwen3-4B in bf16, 32 sequences of 2,560 tokens, LoRA rank 16
 WEIGHTS = 8_044_936_192
-ENGINE = GIB // 2 + 36 * 12 * 2**20 + 8192 * 3 * (2560 + 9728) * 2 + 66_060_288
+ENGINE = RUNTIME + 7 * 36 * 5 * 2**17 + 8192 * 3 * (2560 + 9728) * 2 + 66_060_288
+OUTSIDE = RUNTIME + BESIDE
+"""Of the trainer's process, not in its allocator."""
 TRAINING = 33_030_144 * (4 + 4 + 8 + 2)
 """Adapter, gradients, moments, and the buffer it is published in."""
 CACHE, SEQUENCE = 32 * 386_924_544, 386_924_544
@@ -80,13 +83,13 @@ def test_a_gpu_is_divided_by_hand_when_sampling_and_training_take_turns() -> Non
     found = split(configured(QWEN3_4B, rollout=SHORT), H200)
     assert found.budget == 139 * GIB * 95 // 100
     assert (found.weights, found.engine, found.kv_cache, found.sequences) == (WEIGHTS, ENGINE, CACHE, 32)
-    assert found.trainer == found.budget - WEIGHTS - ENGINE - GIB // 2  # the last for the trainer's own context
+    assert found.trainer == found.budget - WEIGHTS - ENGINE - OUTSIDE
 
 
 def test_a_gpu_is_divided_by_hand_when_both_work_at_once() -> None:
     found = split(configured(QWEN3_4B, rollout={**SHORT, "max_staleness": 1}), H200)
     assert found.kv_cache == CACHE
-    assert found.trainer == found.budget - WEIGHTS - ENGINE - GIB // 2 - CACHE
+    assert found.trainer == found.budget - WEIGHTS - ENGINE - OUTSIDE - CACHE
 
 
 def test_the_kv_cache_has_what_the_trainer_does_not_always_hold() -> None:
@@ -94,7 +97,7 @@ def test_the_kv_cache_has_what_the_trainer_does_not_always_hold() -> None:
     saving = {"activation_checkpointing": True, "micro_batch_tokens": 8192}
     config = configured(QWEN3_4B, rollout=SHORT, trainer=saving)
     found = split(config, memory)
-    assert found.kv_cache == 20 * GIB * 95 // 100 - WEIGHTS - ENGINE - GIB // 2 - TRAINING < CACHE
+    assert found.kv_cache == 20 * GIB * 95 // 100 - WEIGHTS - ENGINE - OUTSIDE - TRAINING < CACHE
     assert found.trainer == found.kv_cache + TRAINING
     given = split(configured(QWEN3_4B, rollout={**SHORT, "kv_cache_gib": 1.5}, trainer=saving), memory)
     assert (given.kv_cache, given.trainer) == (3 * 2**29, found.trainer)
@@ -103,7 +106,7 @@ def test_the_kv_cache_has_what_the_trainer_does_not_always_hold() -> None:
 def test_at_once_the_largest_micro_batch_goes_first_and_one_sequence_always_fits() -> None:
     config = configured(QWEN3_4B, rollout={**SHORT, "max_staleness": 1}, trainer={"micro_batch_tokens": 4096})
     activations = estimate_memory(config, H200).activations
-    fixed = WEIGHTS + ENGINE + GIB // 2 + TRAINING
+    fixed = WEIGHTS + ENGINE + OUTSIDE + TRAINING
 
     def given(budget: int) -> Any:
         return split(config.model_copy(update={"gpu_memory_gib": budget / GIB}), H200)
@@ -142,9 +145,9 @@ def test_the_parts_never_exceed_the_budget() -> None:
 def test_the_division_is_told_in_one_line() -> None:
     told = split(configured(QWEN3_4B, rollout=SHORT), H200).describe()
     assert told.startswith(
-        "4,022M parameters, 33.03M trained, 132.05 GiB to share: weights 7.49 GiB, engine 1.55 GiB, "
+        "4,022M parameters, 33.03M trained, 132.05 GiB to share: weights 7.49 GiB, engine 1.40 GiB, "
     )
-    assert "then in turn KV cache 11.53 GiB (32 sequences could use 11.53 GiB) and trainer 122.51 GiB" in told
+    assert "then in turn KV cache 11.53 GiB (32 sequences could use 11.53 GiB) and trainer 122.33 GiB" in told
 
 
 # -- a GPU that is in use ------------------------------------------------------------------------------------------
@@ -154,7 +157,7 @@ BUSY = replace(H200, free=12 * GIB, processes=(Process(1234, "python3", 110 * GI
 
 def test_a_run_on_a_busy_gpu_is_refused_with_the_numbers() -> None:
     config = configured(QWEN3_4B, rollout=SHORT, trainer={"micro_batch_tokens": 4096})
-    least = (WEIGHTS + ENGINE + GIB // 2 + TRAINING + estimate_memory(config, H200).activations // 2) / GIB
+    least = (WEIGHTS + ENGINE + OUTSIDE + TRAINING + estimate_memory(config, H200).activations // 2) / GIB
     with pytest.raises(ConfigError) as caught:
         check_fits(config, BUSY)
     message = str(caught.value)

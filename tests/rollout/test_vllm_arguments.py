@@ -9,7 +9,7 @@ import torch
 
 from posttrain.rl.config import ModelConfig, RolloutConfig
 from posttrain.rl.errors import EngineError
-from posttrain.rollout.vllm_arguments import Architecture, Start, allowed_rank, capture_sizes
+from posttrain.rollout.vllm_arguments import Architecture, Start, allowed_rank
 from tests.rollout.conftest import LINEAR_LAYERS, PADDED_VOCABULARY, save_tiny_model
 
 GIB = 2**30
@@ -50,16 +50,6 @@ def test_targets_are_name_endings_as_in_peft(architecture: Architecture) -> None
         architecture.targets(["proj_up"])
     with pytest.raises(EngineError, match="p_proj"):
         architecture.targets(["p_proj"])  # the end of a word is not the end of a name
-
-
-@pytest.mark.parametrize("sequences", [1, 3, 8, 20, 64, 100, 256, 500, 1024])
-def test_every_reachable_batch_has_a_graph_with_little_padding(sequences: int) -> None:
-    sizes = capture_sizes(sequences)
-    assert sizes[-1] == min(sequences, 512) and sizes == sorted(set(sizes))
-    for batch in range(1, min(sequences, 512) + 1):
-        size = min(size for size in sizes if size >= batch)
-        assert size - batch <= max(7, batch // 4)
-    assert len(sizes) <= 27
 
 
 def test_arguments_follow_the_run(architecture: Architecture) -> None:
