@@ -47,7 +47,7 @@ class _Tiles(NamedTuple):
 # About 25 KiB must be under way on each multiprocessor of an H200 to use its bandwidth: several small programs with
 # four or five stages each. From 65 rows on, a tile of 128 × 128 reads x from L2 half as often. Each line fits into the
 # 99 KiB of shared memory of compute capability 8.9.
-_TILES = (
+TILES = (
     _Tiles(16, 16, 64, 128, 4, 5, 3),
     _Tiles(32, 32, 64, 128, 4, 4, 3),
     _Tiles(64, 64, 64, 128, 4, 3, 2),
@@ -80,7 +80,7 @@ def fp8_linear(
 def _launch(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, locks: Tensor | None) -> Tensor:
     (rows, inputs), outputs = x.shape, weight.shape[0]
     kind = scale_kind(scale, outputs, inputs)
-    tiles = next(tiles for tiles in _TILES if rows <= tiles.rows)
+    tiles = next(tiles for tiles in TILES if rows <= tiles.rows)
     block_k = tiles.block_k * 2 // x.element_size()  # float32 takes the room of two
     processors, native = _gpu(x.device)
     tiles_m, tiles_n = -(-rows // tiles.block_m), -(-outputs // tiles.block_n)

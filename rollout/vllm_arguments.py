@@ -105,6 +105,8 @@ class Start:
             "disable_log_stats": True,
             "distributed_executor_backend": "uni",
             "worker_cls": f"posttrain.rollout.vllm_{'gpu_worker.Gpu' if self.on_gpu else 'cpu_worker.Cpu'}Worker",
+            # Hashed into the key of vLLM's compile cache, which does not see that a layer's method was changed.
+            "additional_config": {"posttrain_fp8_activations": rollout.fp8_activations},
         }
         if rollout.max_model_len is not None:
             longest = self.architecture.longest
@@ -122,7 +124,8 @@ class Start:
             args |= {"kv_cache_memory_bytes": self.kv_cache_bytes}
             if self.on_gpu:
                 args["gpu_memory_utilization"] = 0.01
-        return args | self._lora()
+        self._add_lora(args)
+        return args
 
     def _quantization(self) -> str | None:
         quantization = self.model.quantization
@@ -132,18 +135,16 @@ class Start:
             )
         return _QUANTIZATION[quantization]
 
-    def _lora(self) -> dict[str, Any]:
+    def _add_lora(self, args: dict[str, Any]) -> None:
         if self.lora_rank is None:
-            return {}
-        # Hashed into the key of vLLM's compile cache, which does not see that a layer's method was changed.
+            return
         spec = {"backend": self.lora_backend, "rank": self.lora_rank, "targets": dict(self.lora_targets)}
-        args: dict[str, Any] = {"additional_config": {"posttrain_lora": spec}}
+        args["additional_config"]["posttrain_lora"] = spec
         if self.lora_backend == "slots":
             # Left to itself vLLM gives the head a slot too: vocabulary times rank for nothing, and 0.26 cannot start
             # with it where the vocabulary is no multiple of 64.
             endings = sorted({name.rpartition(".")[2] for name in self.lora_targets})
             args |= {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "lora_target_modules": endings}
-        return args
 
 
 def allowed_rank(rank: int, allowed: Sequence[int]) -> int:

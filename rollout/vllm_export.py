@@ -4,9 +4,7 @@ What a quantized layer holds, in vLLM 0.26 to 0.32:
 
 * bitsandbytes: ``weight`` uint8 [bytes, 1], the parts of a fused layer end to end (``bnb_shard_offsets``), each with a
   ``QuantState`` of its own (``bnb_quant_state``).
-* fp8 with one scale, or one a row: ``weight`` [in, out], a row-major [out, in] transposed; ``weight_scale``. CUTLASS
-  pads both sides to multiples of 16 at the end.
-* fp8 in blocks of 128: ``weight`` [out, in] and ``weight_scale_inv`` [⌈out/128⌉, ⌈in/128⌉].
+* fp8: see ``vllm_fp8``.
 """
 
 from __future__ import annotations
@@ -18,29 +16,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from posttrain.kernels.reference import FP8_BLOCK
 from posttrain.rl.fingerprint import checksums
 from posttrain.rl.sharing import share
 from posttrain.rl.types import SharedWeight
-from posttrain.rollout.vllm_layout import Layout, Place
+from posttrain.rollout.vllm_fp8 import WeightOnly, stored
+from posttrain.rollout.vllm_layout import Layout, Place, Repacked, expect
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_BLOCK = 128
-_FP8_KERNELS = frozenset(
-    {
-        "FlashInferFP8ScaledMMLinearKernel",
-        "CutlassFP8ScaledMMLinearKernel",
-        "PerTensorTorchFP8ScaledMMLinearKernel",
-        "RowWiseTorchFP8ScaledMMLinearKernel",
-        "ChannelWiseTorchFP8ScaledMMLinearKernel",
-        "FlashInferFp8DeepGEMMDynamicBlockScaledKernel",
-        "DeepGemmFp8BlockScaledMMKernel",
-        "CutlassFp8BlockScaledMMKernel",
-        "TritonFp8BlockScaledMMKernel",
-    }
-)
-"""Kernels that read the weight as described above; the others (Marlin, Humming, …) shuffle it for themselves."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -51,10 +35,6 @@ class Held:
     tensors: Mapping[str, Tensor]
     block_size: int | None = None
     activations: Literal["token", "group"] | None = None
-
-
-class Repacked(Exception):
-    """The engine holds the weight in a form of its own; the message says which."""
 
 
 def exported(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, SharedWeight], list[Tensor]]:
@@ -100,7 +80,7 @@ def held(place: Place | None, leaf: str, shape: tuple[int, ...]) -> Held:
         return _nf4(place, parameter, shape)
     data = parameter.data
     if leaf == "weight" and data.dtype == torch.float8_e4m3fn:
-        return _fp8(place, data, shape)
+        return _fp8(place, shape)
     return _dense(place, data, shape)
 
 
@@ -121,7 +101,7 @@ def _dense(place: Place, data: Tensor, shape: tuple[int, ...]) -> Held:
         data = data[:vocabulary]
     if place.shard is not None:
         data = data[place.start : place.stop]
-    _expect(data, shape, torch.is_floating_point(data) and data.element_size() > 1)
+    expect(data, shape, torch.is_floating_point(data) and data.element_size() > 1)
     return Held("dense", {"weight": data})
 
 
@@ -134,9 +114,9 @@ def _nf4(place: Place, parameter: Any, shape: tuple[int, ...]) -> Held:
     if getattr(state, "quant_type", None) != "nf4" or tuple(state.shape) != shape:
         raise Repacked(f"it is {getattr(state, 'quant_type', 'int8')} {tuple(getattr(state, 'shape', ()))} there")
     packed = parameter.data[offsets[shard] : offsets[shard + 1]]
-    _expect(packed, ((math.prod(shape) + 1) // 2, 1), packed.dtype == torch.uint8)
+    expect(packed, ((math.prod(shape) + 1) // 2, 1), packed.dtype == torch.uint8)
     absmax = _unnested(state) if state.nested else state.absmax
-    _expect(absmax, (math.ceil(math.prod(shape) / state.blocksize),), absmax.dtype == torch.float32)
+    expect(absmax, (math.ceil(math.prod(shape) / state.blocksize),), absmax.dtype == torch.float32)
     return Held("nf4", {"weight": packed, "absmax": absmax, "code": state.code}, state.blocksize)
 
 
@@ -147,52 +127,26 @@ def _unnested(state: Any) -> Tensor:
     return (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
 
 
-def _fp8(place: Place, data: Tensor, shape: tuple[int, ...]) -> Held:
-    module = place.module
-    kernel = type(getattr(getattr(module, "quant_method", None), "fp8_linear", None)).__name__
-    if kernel not in _FP8_KERNELS:
-        raise Repacked(f"it is laid out for {kernel}")
-    rows = sum(module.output_partition_sizes)
+def _fp8(place: Place, shape: tuple[int, ...]) -> Held:
+    weight, scale = stored(place.module)
+    rows = weight.shape[0]
     start, stop = (0, rows) if place.shard is None else (place.start, place.stop)
-    if len(shape) != 2 or shape[0] != stop - start:
-        raise Repacked(f"it is {tuple(data.shape)} there")
-    if (blocks := getattr(module, "weight_scale_inv", None)) is not None:
-        tensors = _fp8_blocks(data, blocks.data, (start, stop, rows), shape[1])
-        return Held("fp8", tensors, activations=_activations(module.quant_method))
-    padded = tuple(-(-size // 16) * 16 for size in (shape[1], rows))
-    if tuple(data.shape) not in {(shape[1], rows), padded} or data.stride(0) != 1:
-        raise Repacked(f"it is {tuple(data.shape)} with strides {data.stride()} there")
-    scale = module.weight_scale.data
-    if scale.numel() == 1:
-        scale = scale.reshape(1)
-    elif scale.numel() in (rows, data.shape[1]):
-        scale = scale.reshape(-1, 1)[start:stop]
-    else:
-        raise Repacked(f"its scale is {tuple(scale.shape)} there")
-    _expect(scale, tuple(scale.shape), scale.dtype == torch.float32)
-    tensors = {"weight": data.t()[start:stop, : shape[1]], "scale": scale}
-    return Held("fp8", tensors, activations=_activations(module.quant_method))
+    if shape != (stop - start, weight.shape[1]):
+        raise Repacked(f"it is {tuple(weight.shape)} there")
+    if scale.ndim == 2 and scale.shape[0] != rows:
+        if start % FP8_BLOCK or (stop % FP8_BLOCK and stop != rows):
+            raise Repacked(f"its rows {start} to {stop} cut a block of {FP8_BLOCK} under one scale")
+        scale = scale[start // FP8_BLOCK : -(-stop // FP8_BLOCK)]
+    elif scale.ndim == 2:
+        scale = scale[start:stop]
+    tensors = {"weight": weight[start:stop], "scale": scale}
+    return Held("fp8", tensors, activations=_activations(place.module.quant_method))
 
 
 def _activations(method: Any) -> Literal["token", "group"] | None:
     """What the layer's kernel does to its input before it multiplies."""
     key = getattr(method, "activation_quant_key", None)
-    if key is None or key.scale.static:
+    if isinstance(method, WeightOnly) or key is None or key.scale.static:
         return None
     rows, columns = key.scale.group_shape
-    return {(1, -1): "token", (1, _BLOCK): "group"}.get((rows, columns))  # type: ignore[return-value]
-
-
-def _fp8_blocks(data: Tensor, scale: Tensor, rows: tuple[int, int, int], columns: int) -> dict[str, Tensor]:
-    start, stop, total = rows
-    if start % _BLOCK or (stop % _BLOCK and stop != total):
-        raise Repacked(f"its rows {start} to {stop} cut a block of {_BLOCK} under one scale")
-    _expect(data, (total, columns), True)
-    _expect(scale, (-(-total // _BLOCK), -(-columns // _BLOCK)), scale.dtype == torch.float32, contiguous=False)
-    blocks = scale[start // _BLOCK : -(-stop // _BLOCK)]
-    return {"weight": data[start:stop], "scale": blocks}
-
-
-def _expect(data: Tensor, shape: tuple[int, ...], right_type: bool, *, contiguous: bool = True) -> None:
-    if tuple(data.shape) != shape or not right_type or (contiguous and not data.is_contiguous()):
-        raise Repacked(f"it is {data.dtype} {tuple(data.shape)} with strides {data.stride()} there")
+    return {(1, -1): "token", (1, FP8_BLOCK): "group"}.get((rows, columns))  # type: ignore[return-value]

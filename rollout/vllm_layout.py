@@ -7,9 +7,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 _WRAPPED = ".base_layer"
+
+
+class Repacked(Exception):
+    """The engine holds a weight in a form of its own; the message says which."""
+
+
+def expect(data: Tensor, shape: tuple[int, ...], right_type: bool, *, contiguous: bool = True) -> None:
+    """Raise ``Repacked`` unless a tensor lies as it should."""
+    if tuple(data.shape) != shape or not right_type or (contiguous and not data.is_contiguous()):
+        raise Repacked(f"it is {data.dtype} {tuple(data.shape)} with strides {data.stride()} there")
 
 
 @dataclass(slots=True, frozen=True)

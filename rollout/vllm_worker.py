@@ -23,6 +23,7 @@ import torch
 
 from posttrain.rl.sharing import opened
 from posttrain.rollout.vllm_export import exported
+from posttrain.rollout.vllm_fp8 import use_weight_only
 from posttrain.rollout.vllm_layout import Layout
 from posttrain.rollout.vllm_lora import attach, overwrite, slot_views, write_zero_adapter
 
@@ -69,14 +70,16 @@ class PosttrainWorker:
 
     @_timed("load")
     def load_model(self, **options: Any) -> None:
-        """Load, then give the adapter its matrices: before anything is compiled or captured."""
+        """Load, then put our fp8 product and the adapter's matrices in: before anything is compiled or captured."""
         super().load_model(**options)  # type: ignore[misc]
         self._private: list[Tensor] = []
         self._opened: tuple[Any, Tensor] | None = None
         self._held: dict[str, Tensor] = {}
         self._layout = Layout.of(self.model_runner.get_model())
+        like = torch.empty(0, dtype=self.vllm_config.model_config.dtype, device=self.device)
+        if not self.vllm_config.additional_config["posttrain_fp8_activations"]:
+            use_weight_only(self.model_runner.get_model(), like)
         if spec := self._spec("dense"):
-            like = torch.empty(0, dtype=self.vllm_config.model_config.dtype, device=self.device)
             self._held = attach(self._layout, spec["targets"], spec["rank"], like)
 
     @_timed("profile and compile")

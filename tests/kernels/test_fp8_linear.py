@@ -141,7 +141,7 @@ def compiled(capability, tiles, element, **changes):
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
-@pytest.mark.parametrize("tiles", fp8_linear._TILES, ids=lambda tiles: str(tiles.rows))
+@pytest.mark.parametrize("tiles", fp8_linear.TILES, ids=lambda tiles: str(tiles.rows))
 def test_it_compiles_for_gpus_that_are_not_here(capability, tiles):
     found = compiled(capability, tiles, "fp16" if capability < 80 else "bf16")
     assert found.metadata.shared <= SHARED_MEMORY[capability] * 1024
@@ -153,5 +153,5 @@ def test_it_compiles_for_gpus_that_are_not_here(capability, tiles):
 @pytest.mark.parametrize("element", ["fp16", "fp32"])
 @pytest.mark.parametrize("scales", [0, 1, 2])
 def test_every_variant_compiles(element, scales):
-    smallest = fp8_linear._TILES[0]
+    smallest = fp8_linear.TILES[0]
     compiled(90, smallest, element, SCALES=scales, HAS_BIAS=True, EVEN_K=False, CUT_K=False, BLOCK_K=64)

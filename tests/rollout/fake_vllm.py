@@ -23,6 +23,7 @@ class Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.output_partition_sizes = sizes
+        self.input_size_per_partition = inputs
         self.weight = nn.Parameter(torch.randn(sum(sizes), inputs).to(dtype), requires_grad=False)
         self.bias = nn.Parameter(torch.randn(sum(sizes)), requires_grad=False) if bias else None
         self.quant_method = Method()

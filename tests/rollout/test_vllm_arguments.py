@@ -58,7 +58,7 @@ def test_arguments_follow_the_run(architecture: Architecture) -> None:
     assert (args["max_num_seqs"], args["kv_cache_memory_bytes"]) == (64, 3 * GIB)
     assert args["max_model_len"] == 128, "no longer than the model's positions"
     assert args["compilation_config"]["cudagraph_capture_sizes"][-1] == 64
-    assert "additional_config" not in args and "enable_lora" not in args
+    assert args["additional_config"] == {"posttrain_fp8_activations": False} and "enable_lora" not in args
     assert start(architecture, "fp8").arguments()["quantization"] == "fp8"
     with pytest.raises(EngineError, match="16-bit"):
         start(architecture, "fp8", dtype=torch.float32).arguments()
