@@ -59,7 +59,8 @@ class Trainer:
     ) -> None:
         """Load ``source`` (hub name or folder), or map ``shared``, and attach an adapter that ``seed`` decides.
 
-        ``memory_limit``: bytes this process may allocate on the GPU; mapped memory does not count.
+        ``memory_limit``: bytes this process may allocate on the GPU; mapped memory does not count. Raises
+        ``EngineError`` for what does not fit, ``OutOfMemory`` where it is the GPU's memory.
         """
         self.config = trainer
         self.device = resolve_device(trainer.device)
@@ -67,7 +68,18 @@ class Trainer:
             total = torch.cuda.get_device_properties(self.device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, memory_limit / total), self.device)
         self._ranks = ranks
+        self._shares = shared is not None
         self._mapped: dict[str, Tensor] = {}
+        self._buffer: AdapterBuffer | None = None
+        self.policy_version = 0
+        what = "the trainer (end what else uses the GPU, or take a smaller model or trainer.lora.rank)"
+        self._within(what, partial(self._build, source, model, shared, seed))
+        self.release_memory()
+        if ranks is not None:  # last: a trainer that cannot be built does not leave the others waiting for it
+            ranks.connect(self.device)
+
+    def _build(self, source: str | Path, model: ModelConfig, shared: SharedWeights | None, seed: int) -> None:
+        trainer = self.config
         self._causal_lm = self._load(source, model, shared)
         self._model = PackedModel(self._causal_lm, self.device)
         if trainer.method == "lora":
@@ -82,12 +94,6 @@ class Trainer:
             self._model.enable_checkpointing()
         self._loss_scale = FLOAT16_LOSS_SCALE if self._causal_lm.dtype == torch.float16 else 1.0
         self._optimizer = Optimizer(self._weights, trainer, self._loss_scale)
-        self._shares = shared is not None
-        self._buffer: AdapterBuffer | None = None
-        self.policy_version = 0
-        self.release_memory()
-        if ranks is not None:  # last: a trainer that cannot be built does not leave the others waiting for it
-            ranks.connect(self.device)
 
     def _load(self, source: str | Path, model: ModelConfig, shared: SharedWeights | None) -> PreTrainedModel:
         if self.config.method == "full" and (shared is not None or model.quantization != "none"):
@@ -105,20 +111,20 @@ class Trainer:
         Raises ``EngineError`` for a reference under full fine-tuning: the base weights are gone.
         """
         if not reference:
-            return [self._within(batch, partial(self._score, batch)) for batch in batches]
+            return [self._within(_tokens(batch), partial(self._score, batch)) for batch in batches]
         if self._peft is None:
             raise EngineError(
                 'full fine-tuning keeps no base model to refer to: use trainer.method = "lora" or kl_coef = 0'
             )
         with self._peft.disable_adapter():
-            return [self._within(batch, partial(self._score, batch)) for batch in batches]
+            return [self._within(_tokens(batch), partial(self._score, batch)) for batch in batches]
 
     def forward_backward(self, batches: Sequence[TrainBatch], algorithm: Algorithm) -> dict[str, Metric]:
         """Add the gradients of every micro-batch to what is there; never clears them. Returns the merged metrics.
 
         Raises ``OutOfMemory`` where a micro-batch does not fit; the gradients are then of no use: clear them.
         """
-        parts = [self._within(batch, partial(self._backward, batch, algorithm)) for batch in batches]
+        parts = [self._within(_tokens(batch), partial(self._backward, batch, algorithm)) for batch in batches]
         return metrics.on_host(metrics.merge(parts))
 
     def optim_step(self, params: OptimParams) -> OptimResult:
@@ -126,7 +132,7 @@ class Trainer:
 
         Raises ``EngineError`` naming the first weight with a gradient that is not finite; then nothing was stepped.
         """
-        grad_norm = self._within(None, partial(self._step, params))
+        grad_norm = self._within("the optimizer step", partial(self._step, params))
         self.policy_version += 1
         return OptimResult(self.policy_version, grad_norm)
 
@@ -237,8 +243,10 @@ class Trainer:
         gc.collect()
         self.release_memory()
 
-    def _within(self, batch: TrainBatch | None, work: Callable[[], Result]) -> Result:
-        """Do ``work``; where the GPU's memory does not suffice, give back what it held and raise ``OutOfMemory``."""
+    def _within(self, what: str, work: Callable[[], Result]) -> Result:
+        """Do ``work``; where the GPU's memory does not suffice for ``what``, give back what it held and raise
+        ``OutOfMemory``.
+        """
         try:
             return work()
         except RuntimeError as error:
@@ -248,7 +256,6 @@ class Trainer:
         # Only here are the frames of the failed work gone, and with them the tensors that they held.
         gc.collect()
         self.release_memory()
-        what = "the optimizer step" if batch is None else f"a micro-batch of {len(batch.input_ids)} tokens"
         raise OutOfMemory(f"the GPU's memory does not suffice for {what}: {reason}")
 
     def _backward(self, batch: TrainBatch, algorithm: Algorithm) -> Mapping[str, Metric]:
@@ -306,6 +313,10 @@ class Trainer:
             entropy=entropy,
             entropy_threshold=batch.entropy_threshold,
         )
+
+
+def _tokens(batch: TrainBatch) -> str:
+    return f"a micro-batch of {len(batch.input_ids)} tokens"
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -383,6 +383,21 @@ def test_out_of_memory_elsewhere_is_named_too(folder, monkeypatch, verb):
         assert trainer.policy_version == 0
 
 
+@pytest.mark.parametrize("part", ["load_causal_lm", "lora.attach", "Optimizer", "PackedModel"])
+def test_a_trainer_that_does_not_fit_says_so(folder, monkeypatch, part):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nand more")
+
+    monkeypatch.setattr(f"posttrain.trainer.trainer.{part}", fail)
+    with pytest.raises(OutOfMemory) as caught:
+        trainer_of(folder)
+    assert str(caught.value) == (
+        "the GPU's memory does not suffice for the trainer (end what else uses the GPU, or take a smaller model or "
+        "trainer.lora.rank): CUDA out of memory. Tried to allocate 2.00 GiB"
+    )
+    assert caught.value.__cause__ is None and caught.value.__context__ is None
+
+
 def test_other_runtime_errors_pass_unchanged(folder):
     wrong = Exhausted(1, "mat1 and mat2 shapes cannot be multiplied", RuntimeError)
     with pytest.raises(RuntimeError, match=r"^mat1 and mat2 shapes cannot be multiplied$") as caught:
