@@ -122,5 +122,7 @@ async def _evaluate(
         if checkpoint is not None:
             await placement.learner.load(checkpoint)
         await publish(placement.learner, placement.sampler)
+        await placement.learner.release_memory()
+        await placement.sampler.wake()  # waking what is awake does nothing
         figures, _ = await make_evaluator(config, gathered, encoder, placement.sampler).evaluate()
     return figures

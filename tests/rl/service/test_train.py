@@ -6,6 +6,8 @@ import asyncio
 import json
 import threading
 import tomllib
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +16,7 @@ from posttrain.rl.errors import CheckpointError, ConfigError, RewardError
 from posttrain.rl.run_dir import RunDir
 from posttrain.rl.service.inputs import IN_PYTHON
 from posttrain.rl.service.run import evaluate
+from tests.fakes import FakeLearner, FakeSampler
 
 from .tiny_runs import ROWS, reproducible, settings, spread
 
@@ -270,6 +273,23 @@ def test_evaluating_a_checkpoint_repeats_the_runs_own_figures(tmp_path) -> None:
     figures = evaluate(rl.Config(**stored.config()), checkpoint=result.checkpoint, base=stored.base())
     expected = {key: value for key, value in result.metrics[-1].items() if key.startswith("eval/")}
     assert figures == expected and figures["eval/prompts"] == 4
+
+
+def test_evaluating_wakes_an_engine_that_was_placed_asleep(tmp_path, monkeypatch) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    result = train(tmp_path, dataset=str(tmp_path / "rows.jsonl"), eval_rows=4, steps=1)
+    stored, sampler, learner = RunDir.open(result.run_dir), FakeSampler(), FakeLearner()
+    sampler.awake = False
+    asyncio.run(learner.save(result.checkpoint))
+
+    @asynccontextmanager
+    async def place(config, source):
+        yield SimpleNamespace(sampler=sampler, learner=learner)
+
+    monkeypatch.setattr("posttrain.rl.service.run.place", place)
+    figures = evaluate(rl.Config(**stored.config()), checkpoint=result.checkpoint, base=stored.base())
+    assert figures["eval/prompts"] == 4
+    assert [event[0] for event in sampler.events] == ["load", "wake", "sample"]
 
 
 def test_evaluating_needs_held_out_rows(tmp_path) -> None:
