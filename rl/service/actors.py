@@ -8,8 +8,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,8 +141,16 @@ class _Host:
         return getattr(self._target, method)(*args, **kwargs)
 
     def stream(self, method: str, *args: Any) -> Iterator[Any]:
-        """Run one generator method of the object."""
-        yield from getattr(self._target, method)(*args)
+        """Run one generator method of the object, to its end or until the caller has cancelled the call.
+
+        Ray does not interrupt an actor: it only tells, so that it is asked after each item.
+        """
+        call = ray.get_runtime_context()
+        with closing(getattr(self._target, method)(*args)) as items:
+            for item in items:
+                if call.is_canceled():
+                    return
+                yield item
 
 
 class ActorCaller:
@@ -176,10 +184,15 @@ class ActorCaller:
         """See ``Caller``; our own errors arrive as they were raised, a dead process as ``ActorDied``."""
         return await self._result(self._actor.call.remote(method, *args, **kwargs))
 
-    async def stream(self, method: str, *args: Any) -> AsyncIterator[Any]:
+    async def stream(self, method: str, *args: Any) -> AsyncGenerator[Any]:
         """See ``Caller``."""
-        async for reference in self._actor.stream.options(num_returns="streaming").remote(method, *args):
-            yield await self._result(reference)
+        items = self._actor.stream.options(num_returns="streaming").remote(method, *args)
+        try:
+            async for reference in items:
+                yield await self._result(reference)
+        except BaseException:
+            ray.cancel(items)
+            raise
 
     async def close(self) -> None:
         """See ``Caller``."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -33,8 +33,10 @@ class Caller(Protocol):
         """The method's result; its exceptions are raised here."""
         ...
 
-    def stream(self, method: str, *args: Any) -> AsyncIterator[Any]:
-        """What a generator method yields, each item as soon as it is there."""
+    def stream(self, method: str, *args: Any) -> AsyncGenerator[Any]:
+        """What a generator method yields, each item as soon as it is there. Closed early, it closes the generator at
+        its next item.
+        """
         ...
 
     async def close(self) -> None:
@@ -72,8 +74,9 @@ class SamplerHandle:
     ) -> AsyncIterator[tuple[int, list[Completion]]]:
         """See ``Sampler``."""
         with of_sampler():
-            async for drawn in self._call.stream("stream", prompts, n, params):
-                yield drawn
+            async with aclosing(self._call.stream("stream", prompts, n, params)) as groups:
+                async for drawn in groups:
+                    yield drawn
 
     async def load_adapter(self, adapter: Publication) -> str:
         """See ``Sampler``."""

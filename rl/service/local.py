@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+import threading
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -44,22 +46,28 @@ class ThreadCaller:
         call = partial(getattr(self._target, method), *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._executor, call)
 
-    async def stream(self, method: str, *args: Any) -> AsyncIterator[Any]:
+    async def stream(self, method: str, *args: Any) -> AsyncGenerator[Any]:
         """See ``Caller``; the items wait here while nobody asks for them."""
         loop, items = asyncio.get_running_loop(), asyncio.Queue[Any]()
-        end = object()
+        end, given_up = object(), threading.Event()
 
         def run() -> None:
             try:
-                for item in getattr(self._target, method)(*args):
-                    loop.call_soon_threadsafe(items.put_nowait, item)
+                with closing(getattr(self._target, method)(*args)) as drawn:
+                    for item in drawn:
+                        if given_up.is_set():
+                            return
+                        loop.call_soon_threadsafe(items.put_nowait, item)
             finally:
                 loop.call_soon_threadsafe(items.put_nowait, end)
 
         done = loop.run_in_executor(self._executor, run)
-        while (item := await items.get()) is not end:
-            yield item
-        await done
+        try:
+            while (item := await items.get()) is not end:
+                yield item
+        finally:
+            given_up.set()
+            await done
 
     async def close(self) -> None:
         """See ``Caller``; waits for the call in flight."""

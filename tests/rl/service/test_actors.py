@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import aclosing
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +15,10 @@ import pytest
 import ray
 
 from posttrain import rl
-from posttrain.rl.errors import ActorDied, CheckpointError, ConfigError, EngineError
+from posttrain.rl.errors import ActorDied, CheckpointError, ConfigError, EngineError, RewardError
 from posttrain.rl.service.actors import ActorCaller, Actors
+from posttrain.rl.service.handles import SamplerHandle
+from posttrain.rl.service.local import ThreadCaller
 from tests.e2e.forks import wait_until
 
 from .tiny_runs import ROWS, reproducible, settings, spread
@@ -53,6 +56,23 @@ class Target:
         yield 1
         (folder / "waiting").touch()
         time.sleep(600)
+
+    def count_to(self, most: int, folder: Path) -> Iterator[int]:
+        """Waits before each item but the first until the one before was taken note of; tells how it ended."""
+        try:
+            for item in range(most):
+                (folder / "drawn").write_text(str(item + 1))
+                yield item
+                if item == 0:
+                    wait_until((folder / "go_on").exists, "the end of the pause")
+        finally:
+            (folder / "closed").touch()
+
+    def stream(self, prompts: list[None], n: int, params: None) -> Iterator[tuple[int, list[None]]]:
+        for index in range(len(prompts)):
+            time.sleep(0.01)
+            self.calls += 1
+            yield index, [None] * n
 
     def place(self) -> tuple[int, str | None]:
         return os.getpid(), os.environ.get("OMP_NUM_THREADS")
@@ -133,6 +153,59 @@ async def test_a_process_killed_in_the_middle_of_a_stream(session, tmp_path) -> 
         await asyncio.wait_for(anext(items), 30)
     assert caught.value.actor == "sampler"
     assert not await caller.alive()
+    await caller.close()
+
+
+async def abandoned(caller: ThreadCaller | ActorCaller, folder: Path) -> None:
+    """A stream that is closed after its first item ends at the second; the object goes on."""
+    items = caller.stream("count_to", 50, folder)
+    assert await anext(items) == 0
+    closing = asyncio.create_task(items.aclose())
+    await asyncio.sleep(0.5)  # for a message to another process
+    (folder / "go_on").touch()
+    await closing
+    assert await caller("count", 1) == 1
+    assert (folder / "closed").exists()
+    assert (folder / "drawn").read_text() == "2"
+    items = caller.stream("count_to", 50, folder)
+    assert [item async for item in items] == list(range(50)), "the next stream is not cancelled"
+
+
+async def test_an_abandoned_stream_ends_at_the_next_item(session, tmp_path) -> None:
+    caller = await build(session, "sampler", Target)
+    await abandoned(caller, tmp_path)
+    await caller.close()
+
+
+async def test_an_abandoned_stream_in_this_process_ends_at_the_next_item(tmp_path) -> None:
+    caller = ThreadCaller("sampler", 1)
+    await caller.make(Target)
+    await abandoned(caller, tmp_path)
+    await caller.close()
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+@pytest.mark.parametrize("where", ["actors", "threads"])
+async def test_a_consumer_that_fails_or_is_cancelled_stops_the_sampler(where, cancelled, session) -> None:
+    caller = session.spawn("sampler", 0, ()) if where == "actors" else ThreadCaller("sampler", 1)
+    await caller.make(Target)
+    arrived = asyncio.Event()
+
+    async def consume() -> None:
+        async with aclosing(SamplerHandle(caller).stream([None] * 500, 1, None)) as stream:
+            async for index, _ in stream:
+                if index == 3:
+                    arrived.set()
+                    if not cancelled:
+                        raise RewardError("a bug")
+
+    task = asyncio.create_task(consume())
+    await asyncio.wait_for(arrived.wait(), 30)
+    if cancelled:
+        task.cancel()
+    with pytest.raises(asyncio.CancelledError if cancelled else RewardError):
+        await task
+    assert 4 <= await caller("count", 0) < 250
     await caller.close()
 
 
