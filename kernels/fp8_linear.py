@@ -156,7 +156,8 @@ def _gpu(device: torch.device) -> tuple[int, bool]:
 def _widened(bits: tl.tensor, NATIVE: tl.constexpr, dtype: tl.constexpr) -> tl.tensor:
     """e4m3 to a wider type, exactly. Without hardware for it: the bits of a float16, 2⁸ too small, subnormals too."""
     if NATIVE:
-        return bits.to(dtype)
+        # To bfloat16 by float32: straight from float16 is one conversion more, at an eighth of the rate.
+        return bits.to(tl.float16).to(tl.float32).to(dtype)
     else:
         wide = bits.to(tl.uint16)
         magnitude = wide & 0x7F

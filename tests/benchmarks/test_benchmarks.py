@@ -13,7 +13,9 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("script", ["one_gpu", "two_gpus", "learning", "colab_on_gpu", "random_checkpoint"])
+@pytest.mark.parametrize(
+    "script", ["one_gpu", "two_gpus", "learning", "colab_on_gpu", "random_checkpoint", "fp8_linear"]
+)
 def test_each_script_explains_itself(script: str):
     done = subprocess.run(
         [sys.executable, HERE / f"{script}.py", "--help"], capture_output=True, text=True, timeout=120, check=False
