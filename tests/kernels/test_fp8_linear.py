@@ -15,15 +15,23 @@ import torch
 from posttrain.kernels import reference
 
 triton = pytest.importorskip("triton")
-fp8_linear = pytest.importorskip("posttrain.kernels.fp8_linear")
+from posttrain.kernels import fp8_linear  # noqa: E402 - needs triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-runs = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="runs in a child, under the interpreter")
 # The interpreter's bfloat16 is wrong: it adds bit patterns and truncates.
 TYPES = [torch.float16, torch.float32] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 SHAPES = [(1, 9, 41), (3, 70, 128), (16, 64, 1041), (17, 41, 512), (33, 130, 341), (70, 129, 1024), (130, 9, 320)]
 """Rows, outputs, inputs; 1024 and 1041 inputs are cut into parts."""
+if DEVICE == "cuda":
+    SHAPES += [(8, 2560, 9728), (64, 6144, 2560), (200, 2560, 4096)]
+
+
+def runs(test):
+    """On a GPU, or in the child."""
+    if INTERPRETED:
+        return test
+    return pytest.mark.gpu(pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU")(test))
 
 
 def test_under_the_interpreter():
@@ -101,10 +109,17 @@ def test_no_bias_and_locks_that_are_used_again(scales, filled_with_nan):
 
 
 @runs
-def test_every_bit_pattern_is_widened_exactly():
+@pytest.mark.parametrize("native", [True, False] if DEVICE == "cuda" else [False])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_every_bit_pattern_is_widened_exactly(native, dtype, monkeypatch):
+    processors, able = fp8_linear._gpu(torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device("cpu"))
+    if native and not able:
+        pytest.skip("e4m3 is decoded by arithmetic here")
+    monkeypatch.setattr(fp8_linear, "_gpu", lambda device: (processors, native))
     bits = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(torch.float8_e4m3fn).view(256, 1)
-    y = fp8_linear.fp8_linear(torch.ones(1, 1, device=DEVICE), bits, torch.ones(1, device=DEVICE))
-    assert torch.equal(y[0].nan_to_num(-7.0), bits.float().view(-1).nan_to_num(-7.0)) and y.isnan().sum() == 2
+    y = fp8_linear.fp8_linear(torch.ones(1, 1, dtype=dtype, device=DEVICE), bits, torch.ones(1, device=DEVICE))
+    assert torch.equal(y[0].float().nan_to_num(-7.0), bits.float().view(-1).nan_to_num(-7.0))
+    assert y.isnan().sum() == 2
 
 
 def test_many_rows_go_through_torchs_product(monkeypatch):
