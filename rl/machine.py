@@ -30,6 +30,22 @@ class Process:
 
 
 @dataclass(slots=True, frozen=True)
+class Claim:
+    """What a run of ours may take of a GPU at its peak, held now or not (``rl.claims``)."""
+
+    pid: int
+    started: str
+    """When its process started, as the system counts: an id alone may be given out again."""
+    size: int
+    run: str
+    """Its folder."""
+
+    def describe(self) -> str:
+        """Who may take how much."""
+        return f"the run of process {self.pid} ({self.run}) may take {gib(self.size)}"
+
+
+@dataclass(slots=True, frozen=True)
 class Memory:
     """What there is to fill."""
 
@@ -37,11 +53,14 @@ class Memory:
     name: str
     total: int
     free: int
+    """Of a GPU, what is neither held nor claimed by another run."""
     capability: tuple[int, int] | None = None
     index: int = 0
     """Of a GPU, as the driver counts them."""
     processes: tuple[Process, ...] = ()
     """That hold some of it; empty where the driver does not tell, as in containers."""
+    claims: tuple[Claim, ...] = ()
+    """Of other runs."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -56,6 +75,7 @@ class Gpu:
     driver: str
     processes: tuple[Process, ...] = ()
     """That hold some of its memory; empty where the driver does not tell, as in containers."""
+    uuid: str = ""
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -104,7 +124,7 @@ def _gpu(line: str, holders: dict[str, list[Process]]) -> tuple[str, Gpu]:
     index, uuid, name, total, free, capability, driver = (part.strip() for part in line.split(",", 6))
     major, _, minor = capability.partition(".")
     known = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
-    return uuid, Gpu(int(index), name, _mib(total), _mib(free), known, driver, tuple(holders.get(uuid, ())))
+    return uuid, Gpu(int(index), name, _mib(total), _mib(free), known, driver, tuple(holders.get(uuid, ())), uuid)
 
 
 def _processes() -> dict[str, list[Process]]:
@@ -135,6 +155,15 @@ def no_weight_sharing() -> str | None:
         if "expandable_segments:true" in os.environ.get(variable, "").lower():
             return f"{variable} asks for expandable_segments, which vLLM's sleep mode excludes: leave it out"
     return None
+
+
+def process_stat(pid: int) -> tuple[int, str] | None:
+    """Parent and start time; ``None`` for a process that is gone or a zombie, and where the system does not tell."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else (int(fields[1]), fields[19])
 
 
 def cpus() -> int:

@@ -6,10 +6,10 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from posttrain.rl import machine
+from posttrain.rl import claims, machine
 from posttrain.rl.errors import ConfigError, EngineError
 from posttrain.rl.footprint import MemoryEstimate, estimate_memory, uses_vllm
-from posttrain.rl.machine import GIB, Memory, gib
+from posttrain.rl.machine import GIB, Gpu, Memory, gib
 
 if TYPE_CHECKING:
     from posttrain.rl.config import Config
@@ -42,6 +42,11 @@ class MemorySplit:
     needed: MemoryEstimate
     """What it was worked out from."""
 
+    @property
+    def peak(self) -> int:
+        """The most that will be taken at once."""
+        return min(self.budget, self.needed.total)
+
     def describe(self) -> str:
         """One line with the parts."""
         needed = self.needed
@@ -56,6 +61,7 @@ class MemorySplit:
 
 def available(device: str = "auto", gpus: int = 1) -> Memory | None:
     """The memory training will live in, of several GPUs that of the fullest; ``None`` where the system gives no figure.
+    What other runs have claimed is not free.
 
     Raises ``ConfigError`` for GPUs that are not there.
     """
@@ -69,12 +75,16 @@ def available(device: str = "auto", gpus: int = 1) -> Memory | None:
     if not found:
         main = machine.memory()
         return Memory("cpu", "main memory", *main) if main else None
-    sizes = [
-        Memory("cuda", gpu.name, gpu.total, gpu.free, gpu.capability, gpu.index, gpu.processes)
-        for gpu in found[:gpus]
-        if gpu.total is not None and gpu.free is not None
-    ]
+    sizes = [memory for memory in map(_memory, found[:gpus]) if memory is not None]
     return min(sizes, key=lambda memory: memory.free, default=None)
+
+
+def _memory(gpu: Gpu) -> Memory | None:
+    if gpu.total is None or gpu.free is None:
+        return None
+    others = claims.live(gpu)
+    free = claims.unclaimed(gpu.total, gpu.free, gpu, others)
+    return Memory("cuda", gpu.name, gpu.total, free, gpu.capability, gpu.index, gpu.processes, others)
 
 
 def budget(config: Config, memory: Memory) -> int:
@@ -154,10 +164,10 @@ def _busy(config: Config, needed: MemoryEstimate, memory: Memory) -> str:
     else:
         wants = f"this run needs at least {needed.least / GIB:.1f} ({needed.parts(least=True)})"
         remedy = "stop it, or lower its gpu_memory_gib"
-    holders = ", ".join(process.describe() for process in memory.processes)
+    free = f"{memory.free / GIB:.1f} of {memory.total / GIB:.1f} GiB free{' and not claimed' if memory.claims else ''}"
+    holders = ", ".join([*(claim.describe() for claim in memory.claims), *(one.describe() for one in memory.processes)])
     return (
-        f"GPU {memory.index} ({memory.name}): {memory.free / GIB:.1f} of {memory.total / GIB:.1f} GiB free, {wants}: "
-        f"{holders or 'another process holds the rest'}; {remedy}"
+        f"GPU {memory.index} ({memory.name}): {free}, {wants}: {holders or 'another process holds the rest'}; {remedy}"
     )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.rl.errors import EngineError
 from posttrain.rl.machine import GIB, gib
-from posttrain.rl.memory import available, split
+from posttrain.rl.memory import available, estimate_memory, split
 
 if TYPE_CHECKING:
     from posttrain.rl.config import Config
@@ -113,24 +113,29 @@ class Blueprint:
     in_actors: bool
     trainer_bytes: int | None = None
     """What the trainer may allocate on a GPU that it shares with vLLM."""
+    peak_bytes: int | None = None
+    """The most that a pair takes of its GPU at once; ``None`` on a CPU."""
 
     @classmethod
     def of(cls, config: Config, source: str) -> Blueprint:
         """For this machine; raises ``EngineError`` or ``ConfigError`` where it cannot be built here."""
         name, gpu, rollout = engine_name(config), uses_gpu(config), config.rollout
         threads, in_actors = cpu_threads(config, source), uses_ray(config)
-        memory = available(config.trainer.device, config.gpus) if gpu and name == "vllm" else None
-        if memory is not None:
-            model = config.model.model_copy(update={"name": source, "random": None})
-            shares = split(config.model_copy(update={"model": model}), memory)
+        memory = available(config.trainer.device, config.gpus) if gpu else None
+        known = memory is not None and memory.kind == "cuda"  # the driver's tool gives figures
+        model = config.model.model_copy(update={"name": source, "random": None})
+        sized = config.model_copy(update={"model": model})
+        if name == "vllm" and memory is not None and known:
+            shares = split(sized, memory)
             room = Room(shares.kv_cache, shares.sequences)
-            return cls(config, source, name, gpu, threads, room, in_actors, shares.trainer)
+            return cls(config, source, name, gpu, threads, room, in_actors, shares.trainer, shares.peak)
         if name == "vllm":
             cache = None if rollout.kv_cache_gib is None else int(rollout.kv_cache_gib * GIB)
             room = Room(cache, rollout.prompts_per_step * rollout.group_size)
         else:
             room = Room(None, rollout.max_sequences)
-        return cls(config, source, name, gpu, threads, room, in_actors)
+        peak = estimate_memory(sized, memory).total if known else None
+        return cls(config, source, name, gpu, threads, room, in_actors, None, peak)
 
     def halved(self) -> Blueprint:
         """With half the room for the sampler."""

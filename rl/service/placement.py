@@ -6,10 +6,13 @@ Where vLLM samples on a GPU, its engine owns the base weights and the trainer ma
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from posttrain.rl import machine
+from posttrain.rl.claims import claimed
 from posttrain.rl.errors import ActorDied
 from posttrain.rl.service.blueprint import Blueprint
 from posttrain.rl.service.groups import LearnerGroup, SamplerGroup
@@ -35,7 +38,7 @@ class Host(Protocol):
         """See ``Caller``."""
         ...
 
-    def stream(self, method: str, *args: Any) -> AsyncIterator[Any]:
+    def stream(self, method: str, *args: Any) -> AsyncGenerator[Any]:
         """See ``Caller``."""
         ...
 
@@ -179,10 +182,14 @@ async def _each(call: Callable[[T], Awaitable[None]], of: Iterable[T]) -> None:
 
 
 @asynccontextmanager
-async def place(config: Config, source: str) -> AsyncIterator[Placement]:
-    """Start sampler and trainer as ``config.placement`` says; both are closed on leaving, whatever happened."""
+async def place(config: Config, source: str, run: Path) -> AsyncIterator[Placement]:
+    """Start sampler and trainer as ``config.placement`` says; both are closed on leaving, whatever happened.
+
+    ``run``: the folder by which other runs on the same GPU name this one.
+    """
     blueprint = Blueprint.of(config, source)
-    with _hosts(blueprint) as hosts:
+    gpus = machine.gpus()[: config.gpus] if blueprint.peak_bytes else []
+    with claimed(gpus, blueprint.peak_bytes or 0, str(run)), _hosts(blueprint) as hosts:
         placement = Placement(blueprint, hosts)
         try:
             await placement.start()

@@ -118,7 +118,7 @@ async def _evaluate(
     config: Config, gathered: Inputs, source: str, checkpoint: Path | None, stops: Stops
 ) -> dict[str, float]:
     encoder = chat_encoder(config, source)
-    async with place(config, source) as placement:
+    async with place(config, source, checkpoint or Path(source)) as placement:
         if checkpoint is not None:
             await placement.learner.load(checkpoint)
         await publish(placement.learner, placement.sampler)

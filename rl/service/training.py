@@ -46,7 +46,7 @@ class Training:
         restarts = Restarts(self._config.max_restarts, self._run)
         self._open(from_checkpoint=self._resumes)
         try:
-            async with place(self._config, self._source) as placement:
+            async with place(self._config, self._source, self._run.path) as placement:
                 failure = await self._attempt(placement, stops)
                 while failure is not None and not stops.requested:
                     count = restarts.allow(failure)

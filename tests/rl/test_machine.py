@@ -38,7 +38,7 @@ def smi(monkeypatch) -> None:
 def test_gpus_are_read_from_the_driver(smi) -> None:
     first, second, third = machine.gpus()
     holders = (Process(1234, "python3", 110000 * MIB), Process(5, "x, with a comma", 300 * MIB))
-    assert first == Gpu(0, "NVIDIA H200", 143771 * MIB, 143000 * MIB, (9, 0), "570.1", holders)
+    assert first == Gpu(0, "NVIDIA H200", 143771 * MIB, 143000 * MIB, (9, 0), "570.1", holders, "GPU-aaaa-1")
     assert second.processes == (Process(77, "", None),) and third.processes == ()
     assert (second.capability, third.total, third.free) == ((7, 5), None, None)
 

@@ -9,7 +9,7 @@ import torch
 
 from posttrain.rl.config import from_settings
 from posttrain.rl.machine import GIB, Memory
-from posttrain.rl.memory import split
+from posttrain.rl.memory import estimate_memory, split
 from posttrain.rl.service import blueprint
 from posttrain.rl.service.blueprint import Blueprint, Room
 from posttrain.rl.service.random_model import materialize
@@ -38,8 +38,25 @@ def test_engine_and_trainer_get_their_shares_of_the_gpu(monkeypatch, tmp_path) -
     assert sampler.args[0] == trainer.args[0] == source and trainer.keywords["shared"] == {}
     shares = split(config, CARD)
     assert trainer.keywords["memory_limit"] == shares.trainer < 79 * GIB
+    assert made.peak_bytes == shares.needed.total < shares.budget
     assert sampler.keywords["sequences"] == shares.sequences
     assert sampler.args[2].max_model_len == config.max_model_len
+
+
+def test_a_run_never_claims_more_than_its_budget(monkeypatch, tmp_path) -> None:
+    config = from_settings(**settings(engine="vllm", gpu_memory_gib=1.65, max_tokens=60_000, group_size=64))
+    pretend(monkeypatch, gpu=True)
+    made = Blueprint.of(config, materialize(config.model, tmp_path / "model"))
+    assert made.peak_bytes == int(1.65 * GIB) < estimate_memory(config, CARD).total
+
+
+def test_a_run_of_the_transformers_engine_claims_its_peak(monkeypatch, tmp_path) -> None:
+    config = from_settings(**settings(engine="transformers"))
+    pretend(monkeypatch, gpu=True)
+    made = Blueprint.of(config, materialize(config.model, tmp_path / "model"))
+    assert made.peak_bytes == estimate_memory(config, CARD).total and made.trainer_bytes is None
+    monkeypatch.setattr(blueprint, "available", lambda device, gpus: Memory("cpu", "main memory", GIB, GIB))
+    assert Blueprint.of(config, made.source).peak_bytes is None
 
 
 def test_half_the_cache_where_it_is_vllms_half_the_sequences_else() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
+from posttrain.rl import claims, machine
 from posttrain.rl.batching import BatchSettings, plan
 from posttrain.rl.config import from_settings
 from posttrain.rl.errors import EngineError
@@ -38,7 +41,7 @@ def target(handle):
 
 
 async def test_embedded_sampler_and_trainer_share_the_base_weights(source) -> None:
-    async with place(from_settings(**settings()), source) as placement:
+    async with place(from_settings(**settings()), source, Path(source)) as placement:
         sampler, learner = placement.sampler, placement.learner
         await publish(learner, sampler)
         base = target(learner).base_weights()
@@ -52,7 +55,7 @@ async def test_embedded_sampler_and_trainer_share_the_base_weights(source) -> No
 
 
 async def test_full_fine_tuning_samples_from_a_copy(source) -> None:
-    async with place(from_settings(**settings(method="full")), source) as placement:
+    async with place(from_settings(**settings(method="full")), source, Path(source)) as placement:
         sampler, learner = placement.sampler, placement.learner
         await publish(learner, sampler)
         held = dict(target(sampler).model.named_parameters())
@@ -62,12 +65,30 @@ async def test_full_fine_tuning_samples_from_a_copy(source) -> None:
         assert all(torch.equal(held[name], weight) for name, weight in trained.items())
 
 
+async def test_the_gpu_is_claimed_while_the_run_lasts(source, monkeypatch, tmp_path) -> None:
+    made = blueprint.Blueprint.of(from_settings(**settings()), source)
+    assert made.peak_bytes is None
+    cards = [machine.Gpu(index, "H", None, None, None, "", uuid=f"GPU-{index}") for index in range(2)]
+    monkeypatch.setattr(machine, "gpus", lambda: cards)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(blueprint.Blueprint, "of", lambda *_: dataclasses.replace(made, peak_bytes=7))
+    async with place(from_settings(**settings()), source, Path("/runs/mine")):
+        [file] = claims.folder().iterdir()
+        assert file.name == f"GPU-0_{os.getpid()}.json", "one GPU of two"
+        written = json.loads(file.read_text())
+        assert (written["size"], written["run"], written["pid"]) == (7, "/runs/mine", os.getpid())
+    assert not list(claims.folder().iterdir())
+    monkeypatch.setattr(blueprint.Blueprint, "of", lambda *_: made)
+    async with place(from_settings(**settings()), source, Path("/runs/mine")):
+        assert not list(claims.folder().iterdir()), "a run on a CPU claims no GPU"
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 async def test_sampler_and_trainer_agree_on_every_token(source, method) -> None:
     """fp32: at most 1e-4 apart, before and after updates that change the policy visibly."""
     config = from_settings(**settings(method=method, temperature=0.8, dtype="float32"))
     batch_settings = BatchSettings(micro_batch_tokens=50, updates=1, max_tokens=12, temperature=0.8)
-    async with place(config, source) as placement:
+    async with place(config, source, Path(source)) as placement:
         sampler, learner = placement.sampler, placement.learner
         previous = None
         for _ in range(3):
@@ -91,7 +112,7 @@ async def test_sampler_and_trainer_agree_on_every_token(source, method) -> None:
 
 async def test_closed_on_leaving_and_after_a_failure(source) -> None:
     with pytest.raises(RuntimeError, match="mine"):
-        async with place(from_settings(**settings()), source) as placement:
+        async with place(from_settings(**settings()), source, Path(source)) as placement:
             sampler, learner = placement.sampler, placement.learner
             engine, trainer = target(sampler), target(learner)
             raise RuntimeError("mine")
@@ -180,7 +201,7 @@ async def test_where_the_second_cannot_be_built_the_first_is_closed(source, monk
     monkeypatch.setattr(TransformersEngine, "__init__", fails)
     monkeypatch.setattr(Trainer, "close", lambda self: closed.append(True))
     with pytest.raises(EngineError, match="the engine does not start"):
-        async with place(from_settings(**settings()), source):
+        async with place(from_settings(**settings()), source, Path(source)):
             pass
     assert closed == [True]
 
@@ -223,7 +244,7 @@ def test_vllm_takes_adapters_only(monkeypatch) -> None:
 
 
 async def test_weights_that_differ_in_one_bit_are_noticed(source, monkeypatch) -> None:
-    async with place(from_settings(**settings()), source) as placement:
+    async with place(from_settings(**settings()), source, Path(source)) as placement:
         sampler, learner = placement.sampler, placement.learner
         published = await publish(learner, sampler)
         assert published.policy_version == 0

@@ -283,7 +283,7 @@ def test_evaluating_wakes_an_engine_that_was_placed_asleep(tmp_path, monkeypatch
     asyncio.run(learner.save(result.checkpoint))
 
     @asynccontextmanager
-    async def place(config, source):
+    async def place(config, source, run):
         yield SimpleNamespace(sampler=sampler, learner=learner)
 
     monkeypatch.setattr("posttrain.rl.service.run.place", place)
