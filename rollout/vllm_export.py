@@ -20,7 +20,7 @@ from posttrain.kernels.reference import FP8_BLOCK
 from posttrain.rl.fingerprint import checksums
 from posttrain.rl.sharing import share
 from posttrain.rl.types import SharedWeight
-from posttrain.rollout.vllm_fp8 import WeightOnly, stored
+from posttrain.rollout.vllm_fp8 import stored
 from posttrain.rollout.vllm_layout import Layout, Place, Repacked, expect
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def _fp8(place: Place, shape: tuple[int, ...]) -> Held:
 def _activations(method: Any) -> Literal["token", "group"] | None:
     """What the layer's kernel does to its input before it multiplies."""
     key = getattr(method, "activation_quant_key", None)
-    if isinstance(method, WeightOnly) or key is None or key.scale.static:
+    if getattr(method, "posttrain_weight_only", False) or key is None or key.scale.static:
         return None
     rows, columns = key.scale.group_shape
     return {(1, -1): "token", (1, FP8_BLOCK): "group"}.get((rows, columns))  # type: ignore[return-value]

@@ -69,19 +69,24 @@ def stored(module: Any) -> tuple[Tensor, Tensor]:
     return data.t()[:outputs, :inputs], scale
 
 
-class WeightOnly:
-    """Put before a quantization method's class: its product, with the input as it is."""
-
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """[…, in] → […, out]."""
-        weight, scale, locks = layer.posttrain_fp8_weight, layer.posttrain_fp8_scale, layer.posttrain_fp8_locks
-        y = torch.ops.posttrain.fp8_linear(x.reshape(-1, x.shape[-1]), weight, scale, bias, locks)
-        return y.view(*x.shape[:-1], y.shape[-1])
-
-
 @functools.cache
 def _weight_only(base: type) -> type:
-    return type(base.__name__, (WeightOnly, base), {})
+    """A quantization method's class with our product: the input stays as it is.
+
+    A subclass of that one class alone: Python lets an object change to no other kind.
+    """
+
+    class WeightOnly(base):
+        posttrain_weight_only = True
+
+        def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+            """[…, in] → […, out]."""
+            weight, scale, locks = layer.posttrain_fp8_weight, layer.posttrain_fp8_scale, layer.posttrain_fp8_locks
+            y = torch.ops.posttrain.fp8_linear(x.reshape(-1, x.shape[-1]), weight, scale, bias, locks)
+            return y.view(*x.shape[:-1], y.shape[-1])
+
+    WeightOnly.__name__ = base.__name__
+    return WeightOnly
 
 
 def use_weight_only(model: nn.Module, like: Tensor) -> None:

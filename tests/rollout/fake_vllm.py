@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
-class Method:
+class _MethodBase(ABC):
+    """vLLM's is abstract, which decides what class an object of it may change to."""
+
+    @abstractmethod
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor: ...
+
+
+class Method(_MethodBase):
     """A quantization method: the plain product."""
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
