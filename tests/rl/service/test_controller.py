@@ -362,11 +362,16 @@ async def test_no_batch_starts_before_its_turn(tmp_path, ahead) -> None:
     loop = Loop(tmp_path, config(steps=5, max_staleness=ahead))
     seen = []
 
+    def sampled() -> int:
+        return sum(event[0] == "sample" for event in loop.events)
+
     async def hold(name: str) -> None:
         if name == "optim_step" and not seen:
+            while sampled() < 1 + ahead:  # rewards work on a thread, so it takes as long as it takes
+                await asyncio.sleep(0.001)
             for _ in range(200):
                 await asyncio.sleep(0)
-            seen.append(sum(event[0] == "sample" for event in loop.events))
+            seen.append(sampled())
 
     loop.learner.before = hold
     await loop.run()
