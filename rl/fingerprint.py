@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+_PIECE = 1 << 22
+"""Numbers summed at once: about 100 MiB of working memory, beside a KV cache that may have all the rest."""
+
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """Hex digest over names, shapes, types and bytes, in name order; the device does not matter."""
@@ -44,8 +47,8 @@ def _sums(tensor: Tensor) -> Tensor:
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     flat = tensor.detach().contiguous().view(-1).view(integers[tensor.element_size()])
     total = torch.zeros(2, dtype=torch.int64, device=tensor.device)
-    for start in range(0, flat.numel(), 1 << 24):
-        part = flat[start : start + (1 << 24)].to(torch.int64)
+    for start in range(0, flat.numel(), _PIECE):
+        part = flat[start : start + _PIECE].to(torch.int64)
         place = torch.arange(start, start + part.numel(), device=tensor.device) * 2654435761 + 1
         total += torch.stack([part.sum(), (part * place).sum()])
     return total
