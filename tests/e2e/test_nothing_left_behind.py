@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,14 @@ def commandline(pid: int) -> str:
 
 
 def shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").glob("*") if path.name.startswith(("torch_", "nccl-", "posttrain"))}
+    """Files of torch, NCCL and ours that no living process has mapped: other runs on this machine keep theirs."""
+    files = {str(path) for path in Path("/dev/shm").glob("*") if path.name.startswith(("torch_", "nccl-", "posttrain"))}
+    for process in Path("/proc").iterdir():
+        if files and process.name.isdigit():
+            with suppress(OSError):
+                mapped = (process / "maps").read_text()
+                files = {file for file in files if file not in mapped}
+    return files
 
 
 @pytest.fixture
