@@ -108,6 +108,9 @@ class Start:
             # Hashed into the key of vLLM's compile cache, which does not see that a layer's method was changed.
             "additional_config": {"posttrain_fp8_activations": rollout.fp8_activations},
         }
+        if self.dtype != torch.float32:
+            # As the trainer's are: a logit of 30 rounded to bfloat16 is off by up to 1/16 of a nat.
+            args["hf_overrides"] = {"head_dtype": "float32"}
         if rollout.max_model_len is not None:
             longest = self.architecture.longest
             args["max_model_len"] = min(rollout.max_model_len, longest or rollout.max_model_len)

@@ -57,6 +57,8 @@ def test_arguments_follow_the_run(architecture: Architecture) -> None:
     assert (args["quantization"], args["dtype"]) == ("bitsandbytes", "bfloat16")
     assert (args["max_num_seqs"], args["kv_cache_memory_bytes"]) == (64, 3 * GIB)
     assert args["max_model_len"] == 128, "no longer than the model's positions"
+    assert args["hf_overrides"] == {"head_dtype": "float32"}
+    assert "hf_overrides" not in start(architecture, dtype=torch.float32).arguments()
     assert args["compilation_config"]["cudagraph_capture_sizes"][-1] == 64
     assert args["additional_config"] == {"posttrain_fp8_activations": False} and "enable_lora" not in args
     assert start(architecture, "fp8").arguments()["quantization"] == "fp8"
