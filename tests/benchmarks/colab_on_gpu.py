@@ -16,7 +16,6 @@ import asyncio
 import json
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import threading
@@ -25,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from random_checkpoint import SHAPES
+from random_checkpoint import SHAPES, write_in_child
 
 NOTEBOOK = Path(__file__).resolve().parents[2] / "examples" / "colab_grpo.ipynb"
 GIB = 2**30
@@ -103,7 +102,7 @@ def main() -> None:
     parser.add_argument("--quantization", default="nf4", choices=["none", "nf4"])
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="colab-"))
-    model = options.model or _in_child(work / "model", options.shape)
+    model = options.model or write_in_child(work / "model", options.shape, "float16")
     os.environ |= {
         "MODEL": str(model.resolve()),
         "DATA": str((options.data or write_sums(work)).resolve()),
@@ -132,13 +131,6 @@ def main() -> None:
         sys.exit(f"only {len(rewards)} of {options.steps} steps were trained")
     if memory.peak > T4_GIB:
         sys.exit(f"{memory.peak:.2f} GiB at the peak is more than a T4 has to give ({T4_GIB:g})")
-
-
-def _in_child(folder: Path, shape: str) -> Path:
-    """Write random weights in a process of its own, which takes its CUDA context with it."""
-    script = Path(__file__).with_name("random_checkpoint.py")
-    subprocess.run([sys.executable, str(script), str(folder), shape, "--dtype", "float16"], check=True)
-    return folder
 
 
 if __name__ == "__main__":

@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import processes
-from random_checkpoint import SHAPES
+from random_checkpoint import SHAPES, default_folder, write_in_child
 from report import Record, emit, records, short, tables
 
 HERE = Path(__file__).resolve().parent
@@ -165,7 +164,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     inner.add_argument("--max-staleness", type=int, default=0)
     options = parser.parse_args(arguments)
     if options.model is None:
-        options.model = Path("/dev/shm" if Path("/dev/shm").is_dir() else ".") / f"posttrain-{options.shape}"
+        options.model = default_folder(options.shape)
     options.model, options.out = options.model.resolve(), options.out.resolve()
     return options
 
@@ -177,8 +176,7 @@ def main() -> None:
         return
     began = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
-    writer = [sys.executable, str(HERE / "random_checkpoint.py"), str(options.model), options.shape]
-    subprocess.run(writer, check=True)
+    write_in_child(options.model, options.shape)
     print(f"checkpoint: {time.monotonic() - began:.0f} s", flush=True)
     written = tables(measure(options), TARGETS)
     (options.out / "tables.md").write_text(written + "\n")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import string
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +64,24 @@ def write(folder: Path, shape: str, dtype: torch.dtype = torch.bfloat16) -> Path
     return folder
 
 
+def default_folder(shape: str) -> Path:
+    """In main memory where the machine has such a place."""
+    return Path("/dev/shm" if Path("/dev/shm").is_dir() else ".") / f"posttrain-{shape}"
+
+
+def write_in_child(folder: Path, shape: str, dtype: str = "bfloat16") -> Path:
+    """``write`` in a process of its own, which takes its CUDA context with it."""
+    subprocess.run([sys.executable, __file__, str(folder), shape, "--dtype", dtype], check=True)
+    return folder
+
+
 def _characters(count: int) -> str:
     """The printable ones, then others as far as needed, from a plane without surrogates."""
     rest = (chr(0x20000 + index) for index in range(count - len(string.printable)))
     return string.printable + "".join(rest)
 
 
-if __name__ == "__main__":  # a process of its own takes its CUDA context with it
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("shape", choices=list(SHAPES))

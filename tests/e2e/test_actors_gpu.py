@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
-import os
 import signal
 import time
-from collections import Counter
 
 import pytest
 import torch
@@ -16,8 +13,8 @@ from posttrain.rl import machine
 from posttrain.rl.config import load
 from posttrain.rl.run_dir import RunDir
 from posttrain.rl.service import run
-from posttrain.rl.service.actors import ActorCaller
 
+from .killing import Killing
 from .test_kill_and_resume import CONFIG, STEPS
 from .test_nothing_left_behind import Driver
 
@@ -55,46 +52,18 @@ def assert_memory_is_back(before: int) -> None:
 
 
 def test_trainer_killed_then_engine_killed_then_the_run_completes(monkeypatch, tmp_path) -> None:
-    before, context, homes = free_memory(), torch.cuda.is_initialized(), []
-    waiting = {("trainer", "forward_backward", 16), ("sampler", "stream", 10)}
-    calls: Counter[tuple[str, str]] = Counter()
-    call, stream, make = ActorCaller.__call__, ActorCaller.stream, ActorCaller.make
-
-    def due(caller, method) -> bool:
-        calls[caller.name, method] += 1
-        moment = (caller.name, method, calls[caller.name, method])
-        return moment in waiting and not waiting.remove(moment)
-
-    async def called(self, method, *args, **kwargs):
-        kill, working = due(self, method), asyncio.ensure_future(call(self, method, *args, **kwargs))
-        if kill:
-            await asyncio.sleep(0.01)
-            os.kill(self.home.pid, signal.SIGKILL)
-        return await working
-
-    async def streamed(self, method, *args):
-        kill = due(self, method)
-        async for item in stream(self, method, *args):
-            yield item
-            if kill:
-                os.kill(self.home.pid, signal.SIGKILL)
-                kill = False
-
-    async def made(self, maker):
-        began = time.monotonic()
-        await make(self, maker)
-        homes.append((self.name, self.home.pid, round(time.monotonic() - began, 1)))
-
-    monkeypatch.setattr(ActorCaller, "__call__", called)
-    monkeypatch.setattr(ActorCaller, "stream", streamed)
-    monkeypatch.setattr(ActorCaller, "make", made)
+    before, context = free_memory(), torch.cuda.is_initialized()
+    killing = Killing(monkeypatch, {("trainer", "forward_backward", 16), ("sampler", "stream", 10)})
     config = load(CONFIG, [f"output_dir={tmp_path}", "run_name=run", *SETTINGS])
     result = RunDir(run.train(config, base=CONFIG.parent).run_dir)
-    assert not waiting
+    assert not killing.waiting
+    homes = killing.homes
     assert [row["step"] for row in result.metrics()] == list(range(STEPS + 1))
     assert [name for name, _, _ in homes] == ["sampler", "trainer", "trainer", "sampler", "trainer"], homes
     assert len({pid for _, pid, _ in homes}) == 5, homes
-    assert calls["sampler", "export_weights"] == 3, "asked anew by each trainer, of the living engine by the second"
+    assert killing.calls["sampler", "export_weights"] == 3, (
+        "asked anew by each trainer, of the living engine by the second"
+    )
     assert torch.cuda.is_initialized() == context, "this process opened no CUDA context"
     assert_memory_is_back(before)
 

@@ -17,6 +17,7 @@ from posttrain.rl.service import run
 from posttrain.rl.service.actors import ActorCaller, Actors
 from tests.rl.service.tiny_runs import ROWS, settings, spread
 
+from .killing import Killing
 from .test_kill_and_resume import CONFIG, MODES, assert_same_run
 
 pytestmark = pytest.mark.slow
@@ -38,49 +39,17 @@ def session():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_killed_actors_do_not_show_in_the_run(mode, session, monkeypatch, tmp_path) -> None:
-    waiting, calls, homes = set(KILLS[mode]), Counter(), []
-    call, stream, make = ActorCaller.__call__, ActorCaller.stream, ActorCaller.make
-
-    def due(caller, method) -> bool:
-        calls[caller.name, method] += 1
-        moment = (caller.name, method, calls[caller.name, method])
-        if moment not in waiting:
-            return False
-        waiting.remove(moment)
-        return True
-
-    async def called(self, method, *args, **kwargs):
-        kill, working = due(self, method), asyncio.ensure_future(call(self, method, *args, **kwargs))
-        if kill:
-            await asyncio.sleep(0.01)
-            os.kill(self.home.pid, signal.SIGKILL)
-        return await working
-
-    async def streamed(self, method, *args):
-        kill = due(self, method)
-        async for item in stream(self, method, *args):
-            yield item
-            if kill:
-                os.kill(self.home.pid, signal.SIGKILL)
-                kill = False
-
-    async def made(self, maker):
-        await make(self, maker)
-        homes.append((self.name, self.home.pid))
-
-    monkeypatch.setattr(ActorCaller, "__call__", called)
-    monkeypatch.setattr(ActorCaller, "stream", streamed)
-    monkeypatch.setattr(ActorCaller, "make", made)
+    killing = Killing(monkeypatch, KILLS[mode])
     options = [option for option in MODES[mode] if option != "--set"]
     config = load(CONFIG, [f"output_dir={tmp_path}", "run_name=run", "placement=ray", *options])
     result = RunDir(run.train(config, base=CONFIG.parent).run_dir)
-    assert not waiting
+    assert not killing.waiting
     monkeypatch.undo()
     quiet = ["logging.console=off", "placement=embedded"]
     whole = load(CONFIG, [f"output_dir={tmp_path}", "run_name=whole", *quiet, *options])
     assert_same_run(result, RunDir(run.train(whole, base=CONFIG.parent).run_dir), mode)
     lost = Counter(name for name, _, _ in KILLS[mode])
-    assert Counter(name for name, _ in homes) == {
+    assert Counter(name for name, _, _ in killing.homes) == {
         "sampler": 1 + lost["sampler"],
         "trainer": 1 + lost["trainer"] + lost["sampler"],
     }
