@@ -198,6 +198,12 @@ class TrainerConfig(Section):
     """Passes over each batch (GRPO's μ)."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    offload_activations: bool = False
+    """With ``activation_checkpointing``: what is kept of each layer goes to pinned host memory meanwhile."""
+    share_prompts: bool = True
+    """Compute a prompt once for all completions of its group in a micro-batch; the gradients are the same."""
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    """``triton``: the kernels of this package; ``reference``: torch alone. auto: triton on an NVIDIA GPU."""
     copy_repacked_weights: bool = False
     """Where vLLM stores a base weight in a form that only it can read, load a private copy of that weight; by default
     such a model is refused."""

@@ -97,7 +97,7 @@ def run_at_the_root(code: str, path: str, *arguments: str) -> object:
 
 def check(found: dict, theirs: Path | None) -> None:
     assert found["model"] == "Qwen3ForCausalLM"
-    assert Path(found["ours"]).resolve() == ROOT / "kernels" / "reference.py"
+    assert Path(found["ours"]).resolve() == ROOT / "kernels" / "reference" / "__init__.py"
     if theirs is not None:
         assert found["available"] is True
         assert found["bare"] == str(theirs / "kernels" / "__init__.py"), "theirs wins over our folder"

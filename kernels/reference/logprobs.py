@@ -1,4 +1,4 @@
-"""Torch twins of the kernels: the oracle they are tested against and the path of a machine without a GPU.
+"""Log-probabilities without logits: the definition, in torch.
 
 Shape letters: T scored tokens, V vocabulary, H hidden, N rows of one block, C columns of one vocabulary tile.
 
@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from posttrain.kernels.reference.precision import accumulation_dtype
+
 BLOCK_ROWS = 4096
 """Hidden states worked on at once: a tile never exceeds ``BLOCK_ROWS × chunk`` numbers."""
-
-FP8_BLOCK = 128
-"""Side of the square of float8 weights under one scale, where scales go by block."""
 
 
 class Head(NamedTuple):
@@ -76,37 +75,6 @@ def token_logprobs(
     function = _TrainableHead if trainable else _FrozenHead
     logprobs, entropy = function.apply(hidden, weight, targets, bias, head, entropy_gradient)
     return logprobs, entropy
-
-
-def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x (weight · scale)ᵀ + bias`` [M, N] in x's type, rounded once; shapes as in ``fp8_weight``, ``x`` [M, K]."""
-    dtype = accumulation_dtype(x.dtype)
-    y = x.to(dtype) @ fp8_weight(weight, scale, dtype).T
-    return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
-
-
-def fp8_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``weight`` float8_e4m3fn [N, K] times ``scale`` float32, one, one a row [N] or [N, 1], or one for each square of
-    ``FP8_BLOCK``² weights. Every element is rounded once: e4m3 is exact in any wider type, and a scale that is not a
-    bare number keeps its float32 in the product.
-    """
-    outputs, inputs = weight.shape
-    product = weight.to(dtype)
-    if scale.numel() == 1 or tuple(scale.shape) in {(outputs,), (outputs, 1)}:
-        return product.mul_(scale.view(-1, 1))
-    rows = scale.repeat_interleave(FP8_BLOCK, dim=0)[:outputs]
-    whole = inputs // FP8_BLOCK
-    cut = whole * FP8_BLOCK
-    if whole:
-        product[:, :cut].unflatten(1, (whole, FP8_BLOCK)).mul_(rows[:, :whole, None])
-    if cut < inputs:
-        product[:, cut:].mul_(rows[:, whole:])
-    return product
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Type sums are kept in: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class _FrozenHead(torch.autograd.Function):

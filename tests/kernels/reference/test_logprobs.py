@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from posttrain.kernels import reference
+from posttrain.kernels.reference import logprobs
 from posttrain.kernels.reference import token_logprobs
 
 HEADS = [
@@ -72,7 +72,7 @@ def test_blocks_of_rows_are_worked_on_apart(monkeypatch):
     leaves = [hidden, weight, bias]
     whole = token_logprobs(hidden, weight, targets, bias=bias)[0]
     expected = torch.autograd.grad((whole * for_logprobs).sum(), leaves)
-    monkeypatch.setattr(reference, "BLOCK_ROWS", 3)
+    monkeypatch.setattr(logprobs, "BLOCK_ROWS", 3)
     parts = token_logprobs(hidden, weight, targets, bias=bias)[0]
     torch.testing.assert_close(parts, whole, rtol=1e-13, atol=1e-13)
     for one, two in zip(torch.autograd.grad((parts * for_logprobs).sum(), leaves), expected):
