@@ -45,6 +45,10 @@ class QuantizedLinear(nn.Linear, ABC):
         """[…, I] → […, O], the bias added."""
         return F.linear(x, self.dequantized(x.dtype), self.bias)
 
+    def input_gradient(self, gradient: Tensor) -> Tensor:
+        """``gradient W``: […, O] → […, I]."""
+        return gradient @ self.dequantized(gradient.dtype)
+
     def forward(self, input: Tensor) -> Tensor:
         """[…, I] → […, O]."""
         return _FrozenProduct.apply(input, self)
@@ -150,7 +154,7 @@ class _FrozenProduct(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None
-        return gradient @ ctx.layer.dequantized(gradient.dtype), None
+        return ctx.layer.input_gradient(gradient), None
 
 
 def quantized(weight: Tensor, scheme: Literal["nf4", "fp8"]) -> QuantizedLinear:
