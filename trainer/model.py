@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from posttrain.kernels.reference import token_logprobs
+from posttrain.kernels import reference
+from posttrain.kernels.launch import runs_triton
 from posttrain.rl.errors import EngineError
 from posttrain.rl.machine import dtype_name
 from posttrain.trainer.attention import NAME as PACKED_ATTENTION
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from posttrain.rl.config import ModelConfig
 
 log = logging.getLogger(__name__)
+
+Kernels = Literal["triton", "reference"]
+"""``triton``: the kernels of this package; ``reference``: torch alone."""
 
 PACKABLE_LAYERS = {"full_attention", "sliding_attention", "attention"}
 PROBE_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-2}
@@ -48,6 +52,18 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
+def resolve_kernels(name: str, device: torch.device) -> Kernels:
+    """``auto`` is triton where it runs on ``device``. Raises ``EngineError`` for triton where it cannot."""
+    if name == "reference" or (name == "auto" and not runs_triton(device)):
+        return "reference"
+    if not runs_triton(device):
+        raise EngineError(
+            f"trainer.kernels = triton, but Triton does not run on {device}: it needs the triton package and an NVIDIA "
+            "GPU of compute capability 7.5 or more (on a CPU, TRITON_INTERPRET=1 interprets it, slowly): use auto"
+        )
+    return "triton"
+
+
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """torch's type for ``model.dtype`` on a device."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
@@ -65,9 +81,14 @@ class HeadSettings:
 class PackedModel:
     """Backbone and head of a causal LM, run on packed sequences. In evaluation mode throughout: no dropout."""
 
-    def __init__(self, causal_lm: PreTrainedModel, device: torch.device) -> None:
+    def __init__(self, causal_lm: PreTrainedModel, device: torch.device, kernels: Kernels = "reference") -> None:
         self.causal_lm = causal_lm
         self.device = device
+        self._token_logprobs = reference.token_logprobs
+        if kernels == "triton":
+            from posttrain.kernels.token_logprobs import token_logprobs
+
+            self._token_logprobs = token_logprobs
         self.head = causal_lm.get_output_embeddings()
         if self.head is None or getattr(self.head, "weight", None) is None:
             raise EngineError(f"{type(causal_lm).__name__} has no output head to score tokens with: is it a causal LM?")
@@ -115,13 +136,13 @@ class PackedModel:
     ) -> tuple[Tensor, Tensor]:
         """Log-probability [S] of the tokens at ``positions`` given what stands before them, and the entropy there.
 
-        ``options``: ``temperature``, ``entropy_gradient``, ``chunk`` of ``kernels.reference.token_logprobs``.
+        ``options``: ``temperature``, ``entropy_gradient``, ``chunk`` of ``kernels.token_logprobs``.
         """
         hidden = self.hidden(input_ids, position_ids, cu_seqlens)
         rows = hidden[positions - 1]  # the state before a token predicts it
         weight, bias = self.head.weight, getattr(self.head, "bias", None)
         targets = input_ids[positions]
-        return token_logprobs(
+        return self._token_logprobs(
             rows, weight, targets, bias=bias, softcap=self.settings.softcap, scale=self.settings.scale, **options
         )
 

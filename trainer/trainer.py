@@ -23,7 +23,7 @@ from posttrain.rl.fingerprint import checksums
 from posttrain.rl.metrics import Mean, Metric
 from posttrain.rl.types import Adapter, OptimParams, OptimResult, Publication, Scores, TrainBatch
 from posttrain.trainer import checkpoint, lora
-from posttrain.trainer.model import PackedModel, load_causal_lm, resolve_device
+from posttrain.trainer.model import PackedModel, load_causal_lm, resolve_device, resolve_kernels
 from posttrain.trainer.optim import Optimizer
 from posttrain.trainer.publishing import AdapterBuffer
 from posttrain.trainer.shared_weights import HeldTensor, bind, frozen_tensors, storage_report
@@ -64,6 +64,7 @@ class Trainer:
         """
         self.config = trainer
         self.device = resolve_device(trainer.device)
+        self.kernels = resolve_kernels(trainer.kernels, self.device)
         if memory_limit is not None and self.device.type == "cuda":
             total = torch.cuda.get_device_properties(self.device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, memory_limit / total), self.device)
@@ -81,7 +82,7 @@ class Trainer:
     def _build(self, source: str | Path, model: ModelConfig, shared: SharedWeights | None, seed: int) -> None:
         trainer = self.config
         self._causal_lm = self._load(source, model, shared)
-        self._model = PackedModel(self._causal_lm, self.device)
+        self._model = PackedModel(self._causal_lm, self.device, self.kernels)
         if trainer.method == "lora":
             self._peft = lora.attach(self._causal_lm, trainer.lora, seed)
             self._weights = lora.weights(self._peft)

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from posttrain.rl.config import ModelConfig
 from posttrain.rl.errors import EngineError
-from posttrain.trainer.model import PackedModel, load_causal_lm, resolve_device, resolve_dtype
+from posttrain.trainer.model import PackedModel, load_causal_lm, resolve_device, resolve_dtype, resolve_kernels
 
 from .tiny import FAMILIES, VOCABULARY, save_tiny
 
@@ -137,6 +137,16 @@ def test_auto_dtype_and_device():
         assert resolve_device("auto") == CPU
         with pytest.raises(EngineError, match="no GPU"):
             resolve_device("cuda")
+
+
+def test_kernels_follow_the_device(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert resolve_kernels("auto", CPU) == resolve_kernels("reference", CPU) == "reference"
+    with pytest.raises(EngineError, match="kernels = triton, but Triton does not run on cpu.*use auto"):
+        resolve_kernels("triton", CPU)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resolve_kernels("auto", CPU) == resolve_kernels("triton", CPU) == "triton"
+    assert resolve_kernels("reference", CPU) == "reference"
 
 
 def test_a_missing_model_is_one_clear_error(tmp_path):
