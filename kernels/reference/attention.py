@@ -62,8 +62,10 @@ class Segments:
             assert all(owners[other] == prompt for other in range(prompt, index)), "completions follow their prompt"
             readers[prompt] = bounds[index + 1]
         contexts = [lengths[index] + (lengths[owners[index]] if owners[index] != index else 0) for index in own]
-        tensors = (torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in (bounds, owners, readers))
-        return cls(*tensors, bounds, owners, max(lengths, default=0), max(contexts, default=0))
+        cu_seqlens, prefix, ends = (
+            torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in (bounds, owners, readers)
+        )
+        return cls(cu_seqlens, prefix, ends, bounds, owners, max(lengths, default=0), max(contexts, default=0))
 
 
 def attention(
@@ -91,14 +93,17 @@ def attention(
         if prompt != index:
             first, last = segments.bounds[prompt : prompt + 2]
             keys, values = torch.cat([k[first:last], keys]), torch.cat([v[first:last], values])
-        attend = _sdpa if softcap is None else _explicit
         # [1, heads, tokens, D], as torch wants it
-        heads = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (q[start:stop], keys, values))
-        parts.append(attend(*heads, scale, window, softcap).squeeze(0).transpose(0, 1))
+        query, key, value = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (q[start:stop], keys, values))
+        if softcap is None:
+            out = _sdpa(query, key, value, scale, window)
+        else:
+            out = _explicit(query, key, value, scale, window, softcap)
+        parts.append(out.squeeze(0).transpose(0, 1))
     return torch.cat(parts)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: None) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
     """torch's attention; ``q`` [1, N, L, D], ``k`` and ``v`` [1, K, C, D]."""
     length, context = q.shape[2], k.shape[2]
     plain = length == context and (window is None or window >= context)
