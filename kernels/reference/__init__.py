@@ -8,4 +8,12 @@ from posttrain.kernels.reference.attention import attention as attention
 from posttrain.kernels.reference.fp8 import FP8_BLOCK as FP8_BLOCK
 from posttrain.kernels.reference.fp8 import fp8_linear as fp8_linear
 from posttrain.kernels.reference.fp8 import fp8_weight as fp8_weight
+from posttrain.kernels.reference.glu import Activation as Activation
+from posttrain.kernels.reference.glu import glu as glu
+from posttrain.kernels.reference.glu import glu_backward_ as glu_backward_
+from posttrain.kernels.reference.glu import glu_forward as glu_forward
 from posttrain.kernels.reference.logprobs import token_logprobs as token_logprobs
+from posttrain.kernels.reference.norms import add_rms_norm as add_rms_norm
+from posttrain.kernels.reference.norms import rms_norm as rms_norm
+from posttrain.kernels.reference.rotary import norm_rope as norm_rope
+from posttrain.kernels.reference.rotary import rope as rope
