@@ -1,0 +1,1 @@
+"""The parts of ``kernels.bench``: cases, and how they are measured."""
