@@ -6,6 +6,7 @@ Shape letters: T packed tokens, H hidden, I MLP, N heads, K kv heads, D head dim
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -156,52 +157,47 @@ def ropes(sizes: Sizes) -> Iterator[Case]:
 
 def glus(sizes: Sizes) -> Iterator[Case]:
     """SwiGLU and GeGLU."""
+    yield _glu(sizes, "silu", F.silu, "LigerSiLUMulFunction", _unsloth_swiglu)
+    yield _glu(sizes, "gelu_tanh", partial(F.gelu, approximate="tanh"), "LigerGELUMulFunction", None)
+
+
+def _glu(sizes: Sizes, activation: str, function: Function, liger: str, unsloth: Callable[[], Function] | None) -> Case:
     T, inner = sizes.tokens, sizes.inner
     each = T * inner * sizes.dtype.itemsize
-    names: dict[Any, tuple[Function, str]] = {
-        "silu": (F.silu, "LigerSiLUMulFunction"),
-        "gelu_tanh": (lambda x: F.gelu(x, approximate="tanh"), "LigerGELUMulFunction"),
-    }
 
-    def gated(function: Function) -> Function:
-        return lambda gate, up: function(gate) * up
+    def ours() -> Function:
+        glu = imported("posttrain.kernels.glu:glu")
+        return lambda gate, up: glu(gate, up, activation)
 
-    def ours(activation: str) -> Callable[[], Function]:
-        def make() -> Function:
-            glu = imported("posttrain.kernels.glu:glu")
-            return lambda gate, up: glu(gate, up, activation)
+    return Case(
+        "glu",
+        f"{activation} {T}×{inner}",
+        lambda: [drawn(sizes, T, inner, gradient=True) for _ in range(2)],
+        ours,
+        lambda gate, up: function(gate) * up,
+        (3 * each, 5 * each),
+        {"liger": lambda: imported(f"liger_kernel.ops:{liger}").apply},
+        unsloth,
+        tail=sizes.tail,
+        wanted="≥ 85 %" if activation == "silu" else "",
+    )
 
-        return make
 
-    def unsloth() -> Function:
-        swiglu = imported("unsloth.kernels:swiglu_fg_kernel")
-        backward = imported("unsloth.kernels:swiglu_DWf_DW_dfg_kernel")
+def _unsloth_swiglu() -> Function:
+    swiglu = imported("unsloth.kernels:swiglu_fg_kernel")
+    backward = imported("unsloth.kernels:swiglu_DWf_DW_dfg_kernel")
 
-        class Swiglu(torch.autograd.Function):
-            """As its fused MLP calls the two."""
+    class Swiglu(torch.autograd.Function):
+        """As its fused MLP calls the two."""
 
-            @staticmethod
-            def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-                ctx.save_for_backward(gate, up)
-                return swiglu(gate.unsqueeze(0), up.unsqueeze(0)).squeeze(0)
+        @staticmethod
+        def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+            ctx.save_for_backward(gate, up)
+            return swiglu(gate.unsqueeze(0), up.unsqueeze(0)).squeeze(0)
 
-            @staticmethod
-            def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-                _, of_up, of_gate = backward(gradient, *ctx.saved_tensors)
-                return of_gate, of_up
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+            _, of_up, of_gate = backward(gradient, *ctx.saved_tensors)
+            return of_gate, of_up
 
-        return Swiglu.apply
-
-    for activation, (function, liger) in names.items():
-        yield Case(
-            "glu",
-            f"{activation} {T}×{inner}",
-            lambda: [drawn(sizes, T, inner, gradient=True) for _ in range(2)],
-            ours(activation),
-            gated(function),
-            (3 * each, 5 * each),
-            {"liger": lambda liger=liger: imported(f"liger_kernel.ops:{liger}").apply},
-            unsloth if activation == "silu" else None,
-            tail=sizes.tail,
-            wanted="≥ 85 %" if activation == "silu" else "",
-        )
+    return Swiglu.apply

@@ -22,6 +22,11 @@ NF4_BLOCK = 64
 
 def token_logprobs(sizes: Sizes) -> Iterator[Case]:
     """Of a frozen head: forward and backward are two matrix products at least."""
+    for T, V, H, fits in sizes.scored:
+        yield _token_logprobs(sizes, T, V, H, fits)
+
+
+def _token_logprobs(sizes: Sizes, T: int, V: int, H: int, fits: bool) -> Case:
 
     def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         logits = (hidden @ weight.T).float()
@@ -44,33 +49,39 @@ def token_logprobs(sizes: Sizes) -> Iterator[Case]:
         score = imported("unsloth_zoo.rl_replacements:grpo_chunked_hidden_states_logprobs")
         return lambda hidden, weight, targets: score(hidden.unsqueeze(0), weight, targets.unsqueeze(0)).squeeze(0)
 
-    for T, V, H, fits in sizes.scored:
+    def inputs() -> list[Tensor]:
+        targets = torch.randint(V, (T,), device=sizes.device)
+        return [drawn(sizes, T, H, gradient=True), drawn(sizes, V, H, scale=H**-0.5), targets]
 
-        def inputs(T: int = T, V: int = V, H: int = H) -> list[Tensor]:
-            targets = torch.randint(V, (T,), device=sizes.device)
-            return [drawn(sizes, T, H, gradient=True), drawn(sizes, V, H, scale=H**-0.5), targets]
-
-        size = T * H * sizes.dtype.itemsize / 2**20
-        yield Case(
-            "token_logprobs",
-            f"T {T} V {V} H {H}",
-            inputs,
-            lambda: imported("posttrain.kernels.token_logprobs:token_logprobs"),
-            plain,
-            (2 * 2 * T * V * H, 0),  # the frozen head's gradient comes out of the forward pass
-            {"liger": liger, "two products": lambda: two_products},
-            unsloth,
-            bound="products",
-            tail=sizes.tail,
-            left_out=() if fits else ("torch", "compile"),
-            ungated=("two products",),
-            wanted=f"≤ 1.15 × two products, ≤ {size + 300:.0f} MiB" if fits else "≤ 2.5 GB",
-        )
+    size = T * H * sizes.dtype.itemsize / 2**20
+    return Case(
+        "token_logprobs",
+        f"T {T} V {V} H {H}",
+        inputs,
+        lambda: imported("posttrain.kernels.token_logprobs:token_logprobs"),
+        plain,
+        (2 * 2 * T * V * H, 0),  # the frozen head's gradient comes out of the forward pass
+        {"liger": liger, "two products": lambda: two_products},
+        unsloth,
+        bound="products",
+        tail=sizes.tail,
+        left_out=() if fits else ("torch", "compile"),
+        ungated=("two products",),
+        wanted=f"≤ 1.15 × two products, ≤ {size + 300:.0f} MiB" if fits else "≤ 2.5 GB",
+    )
 
 
 def loras(sizes: Sizes) -> Iterator[Case]:
     """A layer, the three before attention, and a whole MLP, each over frozen dense weights."""
-    T, H, inner, rank = sizes.tokens, sizes.hidden, sizes.inner, sizes.rank
+    H, inner = sizes.hidden, sizes.inner
+    q, kv = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
+    yield _lora(sizes, "lora_linear", ((inner, H),))
+    yield _lora(sizes, "lora_qkv", ((q, H), (kv, H), (kv, H)))
+    yield _lora(sizes, "lora_mlp", ((inner, H), (inner, H), (H, inner)))
+
+
+def _lora(sizes: Sizes, op: str, shapes: tuple[tuple[int, int], ...]) -> Case:
+    T, H, rank = sizes.tokens, sizes.hidden, sizes.rank
     scaling = 2.0
 
     def adapted(outputs: int, inputs: int) -> list[Tensor]:
@@ -103,76 +114,71 @@ def loras(sizes: Sizes) -> Iterator[Case]:
 
         return make
 
-    q, kv = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
-    groups = {
-        "lora_linear": ((inner, H),),
-        "lora_qkv": ((q, H), (kv, H), (kv, H)),
-        "lora_mlp": ((inner, H), (inner, H), (H, inner)),
-    }
-    for op, shapes in groups.items():
-        make = mlp if op == "lora_mlp" else qkv
-        operations = 2 * T * sum(outputs * inputs for outputs, inputs in shapes)
-        yield Case(
-            op,
-            f"{T} rows, {' '.join(f'{outputs}×{inputs}' for outputs, inputs in shapes)}",
-            lambda shapes=shapes: [
-                drawn(sizes, T, H, gradient=True),
-                *(tensor for shape in shapes for tensor in adapted(*shape)),
-            ],
-            make("lora_linear"),
-            make("reference.lora")(),
-            (operations, operations),
-            bound="products",
-            outputs=len(shapes) if op == "lora_qkv" else 1,
-        )
+    make = mlp if op == "lora_mlp" else qkv
+    operations = 2 * T * sum(outputs * inputs for outputs, inputs in shapes)
+    return Case(
+        op,
+        f"{T} rows, {' '.join(f'{outputs}×{inputs}' for outputs, inputs in shapes)}",
+        lambda: [
+            drawn(sizes, T, H, gradient=True),
+            *(tensor for shape in shapes for tensor in adapted(*shape)),
+        ],
+        make("lora_linear"),
+        make("reference.lora")(),
+        (operations, operations),
+        bound="products",
+        outputs=len(shapes) if op == "lora_qkv" else 1,
+    )
 
 
 def nf4s(sizes: Sizes) -> Iterator[Case]:
     """Dequantizing, and the product with few rows, in bitsandbytes' layout."""
+    for layer in sizes.layers:
+        yield from _nf4(sizes, *layer)
+
+
+def _nf4(sizes: Sizes, name: str, outputs: int, inputs: int) -> Iterator[Case]:
     code = nf4_code(sizes.device)
-    for name, outputs, inputs in sizes.layers:
-        shape = (outputs, inputs)
+    shape = (outputs, inputs)
 
-        def weights(outputs: int = outputs, inputs: int = inputs) -> list[Tensor]:
-            packed = torch.randint(256, (outputs * inputs // 2, 1), dtype=torch.uint8, device=sizes.device)
-            absmax = (torch.rand(outputs * inputs // NF4_BLOCK, device=sizes.device) + 0.5) * inputs**-0.5
-            return [packed, absmax]
+    def weights() -> list[Tensor]:
+        packed = torch.randint(256, (outputs * inputs // 2, 1), dtype=torch.uint8, device=sizes.device)
+        absmax = (torch.rand(outputs * inputs // NF4_BLOCK, device=sizes.device) + 0.5) * inputs**-0.5
+        return [packed, absmax]
 
-        def wide(packed: Tensor, absmax: Tensor, like: Tensor, shape: tuple[int, int] = shape) -> Tensor:
-            codes = torch.stack((packed.view(-1) >> 4, packed.view(-1) & 15), dim=1).view(-1)
-            blocks = code[codes.long()].view(-1, NF4_BLOCK) * absmax.unsqueeze(1)
-            return blocks.view(shape).to(like.dtype)
+    def wide(packed: Tensor, absmax: Tensor, like: Tensor) -> Tensor:
+        codes = torch.stack((packed.view(-1) >> 4, packed.view(-1) & 15), dim=1).view(-1)
+        blocks = code[codes.long()].view(-1, NF4_BLOCK) * absmax.unsqueeze(1)
+        return blocks.view(shape).to(like.dtype)
 
-        def state(absmax: Tensor, shape: tuple[int, int] = shape) -> Any:
-            kind = imported("bitsandbytes.functional:QuantState")
-            return kind(absmax, torch.Size(shape), code, NF4_BLOCK, "nf4", sizes.dtype)
+    def state(absmax: Tensor) -> Any:
+        kind = imported("bitsandbytes.functional:QuantState")
+        return kind(absmax, torch.Size(shape), code, NF4_BLOCK, "nf4", sizes.dtype)
 
-        def ours(shape: tuple[int, int] = shape) -> Function:
-            function = imported("posttrain.kernels.nf4:dequantize_nf4")
-            return lambda packed, absmax, like: function(
-                packed, absmax, shape, like.dtype, block_size=NF4_BLOCK, code=code
-            )
+    def ours() -> Function:
+        function = imported("posttrain.kernels.nf4:dequantize_nf4")
+        return lambda packed, absmax, like: function(packed, absmax, shape, like.dtype, block_size=NF4_BLOCK, code=code)
 
-        def theirs(path: str, state: Callable[[Tensor], Any] = state) -> Callable[[], Function]:
-            def make() -> Function:
-                function = imported(path)
-                return lambda packed, absmax, like: function(packed, state(absmax))
+    def theirs(path: str) -> Callable[[], Function]:
+        def make() -> Function:
+            function = imported(path)
+            return lambda packed, absmax, like: function(packed, state(absmax))
 
-            return make
+        return make
 
-        yield Case(
-            "nf4 dequantize",
-            f"{name} {outputs}×{inputs}",
-            lambda weights=weights: [*weights(), drawn(sizes, 0)],
-            ours,
-            wide,
-            (outputs * inputs * (0.5 + 4 / NF4_BLOCK + sizes.dtype.itemsize), 0),
-            {"bitsandbytes": theirs("bitsandbytes.functional:dequantize_4bit")},
-            theirs("unsloth.kernels:fast_dequantize"),
-            rotated=(0,),
-        )
-        for rows in sizes.rows:
-            yield _nf4_product(sizes, name, shape, rows, weights, wide, state, code)
+    yield Case(
+        "nf4 dequantize",
+        f"{name} {outputs}×{inputs}",
+        lambda: [*weights(), drawn(sizes, 0)],
+        ours,
+        wide,
+        (outputs * inputs * (0.5 + 4 / NF4_BLOCK + sizes.dtype.itemsize), 0),
+        {"bitsandbytes": theirs("bitsandbytes.functional:dequantize_4bit")},
+        theirs("unsloth.kernels:fast_dequantize"),
+        rotated=(0,),
+    )
+    for rows in sizes.rows:
+        yield _nf4_product(sizes, name, shape, rows, weights, wide, state, code)
 
 
 def _nf4_product(
@@ -229,68 +235,73 @@ def _nf4_product(
 
 def fp8s(sizes: Sizes) -> Iterator[Case]:
     """The product with few rows over a float8 weight under one scale."""
-    for name, outputs, inputs in sizes.layers:
+    for layer in sizes.layers:
         for rows in sizes.rows:
+            yield _fp8_product(sizes, *layer, rows)
 
-            def made(rows: int = rows, outputs: int = outputs, inputs: int = inputs) -> list[Tensor]:
-                weight = torch.randn(outputs, inputs, device=sizes.device).to(torch.float8_e4m3fn)
-                scale = torch.full((1,), inputs**-0.5, device=sizes.device)
-                x = drawn(sizes, rows, inputs)
-                return [x, weight, scale, reference.fp8_weight(weight, scale, x.dtype)]
 
-            def ours() -> Function:
-                function = imported("posttrain.kernels.fp8_linear:fp8_linear")
-                return lambda x, weight, scale, dense: function(x, weight, scale)
+def _fp8_product(sizes: Sizes, name: str, outputs: int, inputs: int, rows: int) -> Case:
+    def made() -> list[Tensor]:
+        weight = torch.randn(outputs, inputs, device=sizes.device).to(torch.float8_e4m3fn)
+        scale = torch.full((1,), inputs**-0.5, device=sizes.device)
+        x = drawn(sizes, rows, inputs)
+        return [x, weight, scale, reference.fp8_weight(weight, scale, x.dtype)]
 
-            yield Case(
-                "fp8 product",
-                f"{rows} rows, {name} {outputs}×{inputs}",
-                made,
-                ours,
-                lambda x, weight, scale, dense: F.linear(x, reference.fp8_weight(weight, scale, x.dtype)),
-                (outputs * inputs + rows * (inputs + outputs) * sizes.dtype.itemsize, 0),
-                {"cublas": lambda: lambda x, weight, scale, dense: F.linear(x, dense)},
-                rotated=(1, 3),
-                left_out=("torch", "compile"),
-            )
+    def ours() -> Function:
+        function = imported("posttrain.kernels.fp8_linear:fp8_linear")
+        return lambda x, weight, scale, dense: function(x, weight, scale)
+
+    return Case(
+        "fp8 product",
+        f"{rows} rows, {name} {outputs}×{inputs}",
+        made,
+        ours,
+        lambda x, weight, scale, dense: F.linear(x, reference.fp8_weight(weight, scale, x.dtype)),
+        (outputs * inputs + rows * (inputs + outputs) * sizes.dtype.itemsize, 0),
+        {"cublas": lambda: lambda x, weight, scale, dense: F.linear(x, dense)},
+        rotated=(1, 3),
+        left_out=("torch", "compile"),
+    )
 
 
 def attentions(sizes: Sizes) -> Iterator[Case]:
     """The same sequences with a prompt each, and with every prompt stored once for its group."""
-    N, K, D = sizes.heads, sizes.kv_heads, sizes.head_dim
     sequences, length, prompt, completion = sizes.lengths
     group = sequences // 2
+    yield _attention(sizes, f"{sequences}×{length}", [length] * sequences, None)
     shared = [prompt, *[completion] * group] * 2
     owners = [base for base in (0, group + 1) for _ in range(group + 1)]
-    layouts: dict[str, tuple[list[int], list[int] | None]] = {
-        f"{sequences}×{length}": ([length] * sequences, None),
-        f"2×({prompt}+{group}×{completion}) shared": (shared, owners),
-    }
-    for name, (lengths, prompts) in layouts.items():
-        segments = reference.Segments.of(lengths, prompts, sizes.device)
-        tokens = sum(lengths)
+    yield _attention(sizes, f"2×({prompt}+{group}×{completion}) shared", shared, owners)
 
-        def inputs(tokens: int = tokens) -> list[Tensor]:
-            return [drawn(sizes, tokens, heads, D, gradient=True) for heads in (N, K, K)]
 
-        def ours(segments: Any = segments) -> Function:
-            attention = imported("posttrain.kernels.attention:attention")
-            return lambda q, k, v: attention(q, k, v, segments, scale=D**-0.5)
+def _attention(sizes: Sizes, name: str, lengths: list[int], prompts: list[int] | None) -> Case:
+    N, K, D = sizes.heads, sizes.kv_heads, sizes.head_dim
+    segments = reference.Segments.of(lengths, prompts, sizes.device)
+    tokens = sum(lengths)
 
-        own = [owner == index for index, owner in enumerate(segments.prompts)]
-        pairs = sum(each * each / 2 + (0 if alone else each * prompt) for each, alone in zip(lengths, own))
-        others = {"varlen_attn": lambda segments=segments: _varlen(segments, D)} if prompts is None else {}
-        yield Case(
-            "attention",
-            f"{name}, heads {N}/{K}×{D}",
-            inputs,
-            ours,
-            lambda q, k, v, segments=segments: reference.attention(q, k, v, segments, scale=D**-0.5),
-            (4 * pairs * N * D, 10 * pairs * N * D),
-            others,
-            bound="products",
-            left_out=("compile",),
-        )
+    def inputs() -> list[Tensor]:
+        return [drawn(sizes, tokens, heads, D, gradient=True) for heads in (N, K, K)]
+
+    def ours() -> Function:
+        attention = imported("posttrain.kernels.attention:attention")
+        return lambda q, k, v: attention(q, k, v, segments, scale=D**-0.5)
+
+    pairs = sum(
+        each * each / 2 + (0 if owner == index else each * lengths[owner])
+        for index, (each, owner) in enumerate(zip(lengths, segments.prompts))
+    )
+    others = {"varlen_attn": lambda: _varlen(segments, D)} if prompts is None else {}
+    return Case(
+        "attention",
+        f"{name}, heads {N}/{K}×{D}",
+        inputs,
+        ours,
+        lambda q, k, v: reference.attention(q, k, v, segments, scale=D**-0.5),
+        (4 * pairs * N * D, 10 * pairs * N * D),
+        others,
+        bound="products",
+        left_out=("compile",),
+    )
 
 
 def _varlen(segments: Any, width: int) -> Function:
