@@ -82,7 +82,8 @@ class _LoraMlp(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, held: _Held, activation: Activation, *parameters: Tensor | None) -> Tensor:
         *inner, down = _joined(held, parameters)
         outputs, xa = _outputs(x, inner)
-        (y,), ha = _outputs(glu_forward(*_gate_and_up(outputs), activation), [down])
+        gate, up = _gate_and_up(outputs)
+        (y,), ha = _outputs(glu_forward(gate, up, activation), [down])
         ctx.held, ctx.activation = held, activation
         ctx.save_for_backward(x, xa, ha, *outputs, *parameters)
         return y
@@ -97,7 +98,8 @@ class _LoraMlp(torch.autograd.Function):
         gradient = rows(gradient)
         through = _through_b([gradient], [down])
         grad_h = _input_gradient([gradient], through, [down])
-        h, *_ = glu_backward_(grad_h, *_gate_and_up(outputs), ctx.activation)
+        gate, up = _gate_and_up(outputs)
+        h, *_ = glu_backward_(grad_h, gate, up, ctx.activation)
         increment_version(outputs)  # they hold their gradients from here on: a second backward pass fails, loudly
         of_down = _parameter_gradients(h, ha, [gradient], through, [down])
         del grad_h, h
