@@ -1,59 +1,127 @@
-"""``@reward``: tags a plain function and changes nothing else about it."""
+"""``@reward`` and ``@metric``: tag a plain function and change nothing else about it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast, get_args, overload
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, cast, get_args, overload
 
 from posttrain.rl.errors import RewardError
 
-Style = Literal["posttrain", "trl", "verifiers"]
+Style = Literal["posttrain", "group", "trl", "verifiers", "verl", "openrlhf", "areal"]
 """Calling convention of a reward function; ``signature.py`` says what each receives."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 ATTRIBUTE = "__posttrain_reward__"
 
 
+OnError = Literal["raise", "zero", "skip"]
+"""What an exception of a reward function means: the run stops, the sample scores 0, or the reward does not apply."""
+
+
 @dataclass(slots=True, frozen=True)
 class RewardTag:
-    """What ``@reward`` leaves on a function."""
+    """What ``@reward`` or ``@metric`` leaves on a function."""
 
     weight: float = 1.0
     name: str | None = None
     style: Style | None = None
+    timeout: float | None = None
+    """Seconds a call may take; the sample then scores 0."""
+    on_error: OnError = "raise"
+    cache: bool = False
+    """Equal arguments, equal score: called once in a run."""
+    isolate: bool = False
+    """Called in a process of its own kind, which a time limit or a crash ends without harm."""
+    memory_mib: int | None = None
+    """Memory that such a process may use."""
+    concurrency: int = 32
+    """Calls of an asynchronous function at once."""
+    metric: bool = False
+    """Recorded, but no part of the reward."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.weight, bool) or not isinstance(self.weight, int | float) or not math.isfinite(self.weight):
+            raise RewardError(f"@reward(weight={self.weight!r}): weight is a finite number")
+        for setting, allowed in (("style", get_args(Style)), ("on_error", get_args(OnError))):
+            value = getattr(self, setting)
+            if value not in allowed and (setting, value) != ("style", None):
+                raise RewardError(f"@reward({setting}={value!r}): {setting} is one of {', '.join(allowed)}")
+        for setting in ("timeout", "memory_mib", "concurrency"):
+            value = getattr(self, setting)
+            if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+                raise RewardError(f"@reward({setting}={value!r}): {setting} is a number above 0")
+
+    @property
+    def isolated(self) -> bool:
+        """Whether a synchronous function runs in the pool of processes: only there can a limit be enforced."""
+        return self.isolate or self.timeout is not None or self.memory_mib is not None
+
+
+class Settings(TypedDict, total=False):
+    """Keywords of ``@reward``, as in ``RewardTag``."""
+
+    weight: float
+    name: str
+    style: Style
+    timeout: float
+    on_error: OnError
+    cache: bool
+    isolate: bool
+    memory_mib: int
+    concurrency: int
+
+
+class MetricSettings(TypedDict, total=False):
+    """Keywords of ``@metric``: ``@reward``'s without a weight."""
+
+    name: str
+    style: Style
+    timeout: float
+    on_error: OnError
+    cache: bool
+    isolate: bool
+    memory_mib: int
+    concurrency: int
 
 
 @overload
 def reward(function: F) -> F: ...
 @overload
-def reward(*, weight: float = 1.0, name: str | None = None, style: Style | None = None) -> Callable[[F], F]: ...
-def reward(
-    function: F | None = None, *, weight: float = 1.0, name: str | None = None, style: Style | None = None
-) -> F | Callable[[F], F]:
+def reward(**settings: Unpack[Settings]) -> Callable[[F], F]: ...
+def reward(function: F | None = None, **settings: Unpack[Settings]) -> F | Callable[[F], F]:
     """Mark a function as a reward; it stays the same function and is called as before.
 
     ``weight`` multiplies its score in the total (it may be negative), ``name`` stands in the metrics in place of the
-    function's own, ``style`` settles the calling convention where the signature leaves it open.
-    Raises ``RewardError`` for a weight that is not finite, an unknown style or something that cannot be called.
+    function's own, ``style`` settles the calling convention where the signature leaves it open. ``timeout`` seconds,
+    ``memory_mib`` and ``isolate`` run a synchronous function in a pool of processes; ``on_error`` says what an
+    exception means; ``cache`` calls it once for equal arguments; ``concurrency`` bounds calls of an asynchronous one.
+    Raises ``RewardError`` for a setting out of range or something that cannot be called.
     """
-    if style is not None and style not in get_args(Style):
-        raise RewardError(f"@reward(style={style!r}): style is one of {', '.join(get_args(Style))}")
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-        raise RewardError(f"@reward(weight={weight!r}): weight is a finite number")
-    tag = RewardTag(float(weight), name, style)
+    return _mark(function, RewardTag(**settings), "reward")
 
+
+@overload
+def metric(function: F) -> F: ...
+@overload
+def metric(**settings: Unpack[MetricSettings]) -> Callable[[F], F]: ...
+def metric(function: F | None = None, **settings: Unpack[MetricSettings]) -> F | Callable[[F], F]:
+    """Mark a function whose score is recorded like a reward's but is no part of the total. Settings as ``reward``."""
+    return _mark(function, RewardTag(weight=0.0, metric=True, **settings), "metric")
+
+
+def _mark(function: F | None, tag: RewardTag, decorator: str) -> F | Callable[[F], F]:
     def mark(target: F) -> F:
         if not callable(target):
             raise RewardError(
-                f"@reward stands on a function, not on {target!r}; settings are keywords: @reward(weight=2)"
+                f"@{decorator} stands on a function, not on {target!r}; settings are keywords: @reward(weight=2)"
             )
         try:
             setattr(target, ATTRIBUTE, tag)
         except AttributeError:
             raise RewardError(
-                f"@reward cannot tag {target!r} (bound methods take no attributes): tag the function in its class"
+                f"@{decorator} cannot tag {target!r} (bound methods take no attributes): tag the function in its class"
             ) from None
         return target
 

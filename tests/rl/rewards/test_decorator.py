@@ -36,8 +36,8 @@ def test_weight_must_be_a_finite_number(weight: Any) -> None:
 
 
 def test_unknown_style_is_refused() -> None:
-    with pytest.raises(RewardError, match="posttrain, trl, verifiers"):
-        reward(style="verl")  # type: ignore[call-overload]
+    with pytest.raises(RewardError, match="posttrain, group, trl, verifiers"):
+        reward(style="nobody")  # type: ignore[call-overload]
 
 
 def test_weight_as_a_positional_argument_is_explained() -> None:
