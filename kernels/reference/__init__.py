@@ -13,6 +13,12 @@ from posttrain.kernels.reference.glu import glu as glu
 from posttrain.kernels.reference.glu import glu_backward_ as glu_backward_
 from posttrain.kernels.reference.glu import glu_forward as glu_forward
 from posttrain.kernels.reference.logprobs import token_logprobs as token_logprobs
+from posttrain.kernels.reference.lora import Adapted as Adapted
+from posttrain.kernels.reference.lora import Dense as Dense
+from posttrain.kernels.reference.lora import Frozen as Frozen
+from posttrain.kernels.reference.lora import lora_linear as lora_linear
+from posttrain.kernels.reference.lora import lora_mlp as lora_mlp
+from posttrain.kernels.reference.lora import lora_qkv as lora_qkv
 from posttrain.kernels.reference.norms import add_rms_norm as add_rms_norm
 from posttrain.kernels.reference.norms import rms_norm as rms_norm
 from posttrain.kernels.reference.rotary import norm_rope as norm_rope
