@@ -29,7 +29,7 @@ class Head(NamedTuple):
     chunk: int
 
 
-class _Block(NamedTuple):
+class Block(NamedTuple):
     """Statistics of one block of rows, all [N]; ``others`` means every symbol but the target."""
 
     logprobs: Tensor
@@ -70,7 +70,7 @@ def token_logprobs(
     )
     if not wants_gradient:
         blocks = [_forward_block(h, weight, t, bias, head, 0)[0] for h, t in _row_blocks(hidden, targets)]
-        return _concatenate(blocks, "logprobs", hidden), _concatenate(blocks, "entropy", hidden)
+        return concatenate(blocks, "logprobs", hidden), concatenate(blocks, "entropy", hidden)
     trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
     function = _TrainableHead if trainable else _FrozenHead
     logprobs, entropy = function.apply(hidden, weight, targets, bias, head, entropy_gradient)
@@ -97,10 +97,10 @@ class _FrozenHead(torch.autograd.Function):
             directions.append(direction)
         kept = [torch.cat(parts) for parts in zip(*directions)] if directions else []
         ctx.save_for_backward(*kept)
-        entropy = _concatenate(blocks, "entropy", hidden)
+        entropy = concatenate(blocks, "entropy", hidden)
         if not entropy_gradient:
             ctx.mark_non_differentiable(entropy)
-        return _concatenate(blocks, "logprobs", hidden), entropy
+        return concatenate(blocks, "logprobs", hidden), entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -129,7 +129,7 @@ class _TrainableHead(torch.autograd.Function):
         entropy_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         blocks = [_forward_block(h, weight, t, bias, head, 0)[0] for h, t in _row_blocks(hidden, targets)]
-        stats = [_concatenate(blocks, name, hidden) for name in ("logprobs", "entropy", "log_rest", "lse")]
+        stats = [concatenate(blocks, name, hidden) for name in ("logprobs", "entropy", "log_rest", "lse")]
         ctx.save_for_backward(hidden, weight, targets, bias, *stats)
         ctx.head = head
         # A fresh tensor: the saved one must stay an intermediate of this Function.
@@ -180,7 +180,7 @@ class _TrainableHead(torch.autograd.Function):
 
 def _forward_block(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, head: Head, directions: int
-) -> tuple[_Block, tuple[Tensor, ...]]:
+) -> tuple[Block, tuple[Tensor, ...]]:
     """One sweep over the vocabulary for one block of rows; ``directions`` 0, 1 (logp) or 2 (and entropy) of [N, H].
 
     Running over the others: their maximum ``m``, ``S = Σ e``, ``E = Σ e·(x − m)`` and, for the directions,
@@ -215,7 +215,7 @@ def _forward_block(
         if directions:
             sums[0] = decay.unsqueeze(1) * sums[0] + _product(e * slope, tile)
         m = new_m
-    block, log_total = _finish(m, total, energy, x_target)
+    block, log_total = finish(m, total, energy, x_target)
     if not directions:
         return block, ()
     target_rows = weight[targets].to(dtype) * slope_target.unsqueeze(1)
@@ -236,7 +236,7 @@ def _forward_block(
     return block, tuple(direction.to(hidden.dtype) for direction in kept)
 
 
-def _finish(m: Tensor, total: Tensor, energy: Tensor, x_target: Tensor) -> tuple[_Block, Tensor]:
+def finish(m: Tensor, total: Tensor, energy: Tensor, x_target: Tensor) -> tuple[Block, Tensor]:
     """Log-probability and entropy from the running sums: the two-symbol case (target, rest), then the rest inside."""
     log_total = torch.log(total)
     gap = m + log_total - x_target
@@ -245,7 +245,7 @@ def _finish(m: Tensor, total: Tensor, energy: Tensor, x_target: Tensor) -> tuple
     rest = torch.exp(log_rest)
     inside = torch.where(total == 0, torch.zeros_like(total), log_total - energy / total)
     between = -torch.exp(logprobs) * logprobs - torch.where(rest == 0, torch.zeros_like(rest), rest * log_rest)
-    return _Block(logprobs, between + rest * inside, log_rest, x_target - logprobs), log_total
+    return Block(logprobs, between + rest * inside, log_rest, x_target - logprobs), log_total
 
 
 def _logits(h: Tensor, tile: Tensor, bias: Tensor | None, head: Head) -> tuple[Tensor, Tensor]:
@@ -298,7 +298,8 @@ def _row_blocks(hidden: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def _concatenate(blocks: list[_Block], name: str, hidden: Tensor) -> Tensor:
+def concatenate(blocks: list[Block], name: str, hidden: Tensor) -> Tensor:
+    """One of the blocks' tensors, for all rows."""
     if not blocks:
         return hidden.new_zeros(0, dtype=accumulation_dtype(hidden.dtype))
     return torch.cat([getattr(block, name) for block in blocks])
