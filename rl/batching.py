@@ -15,6 +15,7 @@ from torch import Tensor
 
 from posttrain.rl.algorithms.base import AdvantageInputs, Algorithm
 from posttrain.rl.metrics import Mean, Metric, Std
+from posttrain.rl.packing import families, fill
 from posttrain.rl.types import Rollout, RolloutGroup, Scores, TrainBatch
 
 
@@ -23,13 +24,17 @@ class BatchSettings:
     """How a batch is cut."""
 
     micro_batch_tokens: int
-    """Packed tokens of a micro-batch; a longer sequence gets one of its own."""
+    """Tokens that a micro-batch costs (``rl.packing``); a longer sequence gets one of its own."""
     updates: int
     """Optimizer steps the groups are dealt out to, in order."""
     max_tokens: int
     """Generation budget of a completion."""
     temperature: float = 1.0
     """The sampler's."""
+    share_prompts: bool = False
+    """Whether the trainer computes a prompt once for its completions (``trainer.share_prompts``): it is counted once
+    then, and they are kept together. One that cannot, because its model cannot be packed, needs more memory than this
+    count says; where it has not got it, the micro-batches become smaller (``rl.service.micro_batches``)."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -159,27 +164,14 @@ def _deal(groups: Sequence[RolloutGroup], updates: int) -> list[Sequence[Rollout
 
 
 def _pack_step(sequences: Sequence[_Sequence], settings: BatchSettings) -> list[TrainBatch]:
-    bins = first_fit([len(sequence) for sequence in sequences], settings.micro_batch_tokens)
+    lengths = [len(sequence) for sequence in sequences]
+    found = families([sequence.prompt_ids for sequence in sequences], lengths, share=settings.share_prompts)
+    bins = fill(found, settings.micro_batch_tokens)
     num_loss_tokens = sum(len(sequence.completion_ids) for sequence in sequences)
     return [
         _pack([sequences[index] for index in members], settings, num_loss_tokens, len(sequences), len(bins))
         for members in bins
     ]
-
-
-def first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """First-fit decreasing: indices by bin, ascending in each. A length above ``budget`` has its bin to itself."""
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        home = next((b for b, space in enumerate(room) if space >= lengths[index]), None)
-        if home is None:
-            home = len(bins)
-            bins.append([])
-            room.append(budget)
-        bins[home].append(index)
-        room[home] -= lengths[index]
-    return [sorted(members) for members in bins]
 
 
 def _pack(

@@ -6,13 +6,13 @@ Shape letters: B sequences, T packed tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from posttrain.rl.batching import first_fit
+from posttrain.rl.packing import Family, families, fill, prompts
 from posttrain.rl.types import Scores, TrainBatch
 
 _COLUMNS = (
@@ -25,15 +25,17 @@ _COLUMNS = (
     "ref_logprobs",
 )
 """Every ``[T]`` tensor of a batch."""
+PIECES_A_RANK = 2
+"""A family whose prompt is shared goes to one rank whole where it is no larger than this part of a rank's share."""
 
 
-def repack(batches: Sequence[TrainBatch], budget: int) -> list[TrainBatch]:
-    """The sequences of one optimizer step in micro-batches of at most ``budget`` tokens; a longer sequence has one of
-    its own. The gradient stays what it was, but for BNPO, whose loss depends on how a step is cut.
+def repack(batches: Sequence[TrainBatch], budget: int, *, share_prompts: bool = False) -> list[TrainBatch]:
+    """The sequences of one optimizer step in micro-batches that cost at most ``budget`` tokens (``rl.packing``); a
+    longer sequence has one of its own. The gradient stays what it was, but for BNPO, whose loss depends on how a step
+    is cut.
     """
-    sequences = _sequences(batches)
-    bins = first_fit([len(sequence) for sequence in sequences], budget)
-    return [_pack(batches, [sequences[index] for index in members], len(bins)) for members in bins]
+    bins = _bins(_sequences(batches), budget, share_prompts)
+    return [_pack(batches, members, len(bins)) for members in bins]
 
 
 @dataclass(slots=True, frozen=True)
@@ -63,20 +65,27 @@ class Deal:
         ]
 
 
-def deal(batches: Sequence[TrainBatch], ranks: int, budget: int) -> Deal:
-    """Give each sequence, longest first, to the rank with the fewest tokens so far, and pack each rank's share.
+def deal(batches: Sequence[TrainBatch], ranks: int, budget: int, *, share_prompts: bool = False) -> Deal:
+    """Give each sequence, longest first, to the rank where the fewest tokens are then, and pack each rank's share.
 
-    The same lengths are dealt the same way, whatever else the batches hold: what was scored is trained in the same
-    micro-batches.
+    Where prompts are shared, the completions of one stay together, but for families so large that the ranks could not
+    be balanced: those are cut. The same sequences are dealt the same way, whatever else the batches hold: what was
+    scored is trained in the same micro-batches.
     """
     sequences = _sequences(batches)
-    shares: list[list[_Sequence]] = [[] for _ in range(ranks)]
+    found = _families(sequences, share_prompts)
+    limit = min(budget, sum(family.tokens for family in found) // (PIECES_A_RANK * ranks))
+    pieces = [(number, piece) for number, family in enumerate(found) for piece in family.cut(limit)]
+    shares: list[list[int]] = [[] for _ in range(ranks)]
     tokens = [0] * ranks
-    for sequence in sorted(sequences, key=len, reverse=True):
-        rank = min(range(ranks), key=tokens.__getitem__)
-        shares[rank].append(sequence)
-        tokens[rank] += len(sequence)
-    places = [[[share[i] for i in members] for members in first_fit([*map(len, share)], budget)] for share in shares]
+    paid: set[tuple[int, int]] = set()  # who has computed which family's prompt
+    for number, piece in sorted(pieces, key=lambda pair: pair[1].tokens, reverse=True):
+        after = [tokens[r] + piece.tokens - ((r, number) in paid) * piece.prompt for r in range(ranks)]
+        rank = min(range(ranks), key=after.__getitem__)
+        shares[rank] += piece.added
+        tokens[rank] = after[rank]
+        paid.add((rank, number))
+    places = [_bins([sequences[i] for i in share], budget, share_prompts) for share in shares]
     count = sum(map(len, places))
     return Deal([[_pack(batches, members, count) for members in place] for place in places], batches, places)
 
@@ -88,6 +97,7 @@ class _Sequence:
     batch: int
     start: int
     end: int
+    prompt: list[int] = field(compare=False)
 
     def __len__(self) -> int:
         return self.end - self.start
@@ -97,9 +107,18 @@ def _sequences(batches: Sequence[TrainBatch]) -> list[_Sequence]:
     """Every sequence, in order."""
     found = []
     for index, batch in enumerate(batches):
-        bounds = batch.cu_seqlens.tolist()
-        found += [_Sequence(index, start, end) for start, end in pairwise(bounds)]
+        spans = pairwise(batch.cu_seqlens.tolist())
+        found += [_Sequence(index, *span, prompt) for span, prompt in zip(spans, prompts(batch), strict=True)]
     return found
+
+
+def _families(sequences: Sequence[_Sequence], share: bool) -> list[Family]:
+    return families([sequence.prompt for sequence in sequences], [*map(len, sequences)], share=share)
+
+
+def _bins(sequences: Sequence[_Sequence], budget: int, share: bool) -> list[list[_Sequence]]:
+    """The sequences of each micro-batch."""
+    return [[sequences[i] for i in places] for places in fill(_families(sequences, share), budget)]
 
 
 def _pack(batches: Sequence[TrainBatch], sequences: Sequence[_Sequence], num_micro_batches: int) -> TrainBatch:

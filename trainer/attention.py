@@ -1,23 +1,26 @@
-"""Attention over packed sequences, without attention between them, behind transformers' ``AttentionInterface``.
+"""Attention over packed segments behind transformers' ``AttentionInterface``: which implementation runs when.
 
-Shape letters: T packed tokens, L one sequence, N query heads, K key/value heads, D head dim.
+Shape letters: T packed tokens, L of one segment, C of its context (the prompt and itself), N query heads, K key/value
+heads, D head dim.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from posttrain.kernels import reference
+from posttrain.kernels.reference.attention import Segments
 from posttrain.rl.errors import EngineError
 
 log = logging.getLogger(__name__)
@@ -32,25 +35,24 @@ _PLAIN_ARGUMENTS = frozenset(
 )
 """Keyword arguments some architectures hand through that do not change the attention of a training forward pass."""
 
+Kernels = Literal["triton", "reference"]
+"""``triton``: the kernels of this package; ``reference``: torch alone."""
+
+TRITON_FOR_SHARED_PROMPTS = True
+"""Our kernel for shared prompts even where flash attention runs, which has to copy a prompt's keys for each reader."""
+TRITON_FOR_REPEATED_HEADS = True
+"""Our kernel where torch's flash attention wants the keys of grouped-query heads repeated: torch before 2.13."""
+
 _logged: set[str] = set()
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the sequences of a pack begin, on the device and on the host (so that no layer waits for the GPU)."""
+    """What every layer's attention has to know of a pack."""
 
-    cu_seqlens: Tensor
-    """int32 [B + 1]."""
-    bounds: tuple[int, ...]
-    """The same numbers."""
-    max_length: int
-
-    @classmethod
-    def of(cls, cu_seqlens: Tensor, device: torch.device) -> Packing:
-        """From cumulative lengths; empty sequences are left out."""
-        bounds = tuple(sorted({int(bound) for bound in cu_seqlens.tolist()}))
-        lengths = [stop - start for start, stop in itertools.pairwise(bounds)]
-        return cls(torch.tensor(bounds, dtype=torch.int32, device=device), bounds, max(lengths, default=0))
+    segments: Segments
+    kernels: Kernels = "reference"
+    """``triton``: the kernels of this package may be taken."""
 
 
 def packed_attention(  # noqa: PLR0913 — transformers calls it with these
@@ -66,24 +68,20 @@ def packed_attention(  # noqa: PLR0913 — transformers calls it with these
     packing: Packing | None = None,
     **others: object,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each sequence of a pack.
+    """Causal attention inside each segment of a pack, and from a completion to its prompt.
 
     ``query`` [1, N, T, D], ``key`` and ``value`` [1, K, T, D] → [1, T, N, D]. ``sliding_window`` W lets a token see
     itself and the W − 1 before it; ``softcap`` bends the scores; ``s_aux`` [N] are attention sinks. Raises
     ``EngineError`` for anything an architecture asks for that is not one of these.
     """
     _refuse(module, attention_mask, packing, others)
-    assert packing is not None and query.shape[0] == 1 and query.shape[2] == packing.bounds[-1]
-    window = None if sliding_window is None or sliding_window >= packing.max_length else sliding_window
-    rule = _Rule(query.shape[-1] ** -0.5 if scaling is None else float(scaling), window, softcap, s_aux)
-    if softcap is not None or s_aux is not None:
-        _log_once("explicit scores, one sequence at a time (softcap or sinks)")
-        return _by_segment(_explicit, query, key, value, packing, rule), None
-    if _varlen_fits(query, value):
-        _log_once("torch varlen_attn (flash attention)")
-        return _varlen(query, key, value, packing, rule), None
-    _log_once(f"scaled_dot_product_attention, one sequence at a time ({query.device.type}, {query.dtype})")
-    return _by_segment(_sdpa, query, key, value, packing, rule), None
+    assert packing is not None and query.shape[0] == 1 and query.shape[2] == packing.segments.bounds[-1]
+    q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))  # [T, heads, D], views
+    window = None if sliding_window is None or sliding_window >= packing.segments.max_context else sliding_window
+    rule = _Rule(q.shape[-1] ** -0.5 if scaling is None else float(scaling), window, softcap, s_aux)
+    name, attend = _choose(q, k, v, packing, rule)
+    _log_once(f"{name} ({q.device.type}, {q.dtype}{', shared prompts' if _shares_prompts(packing.segments) else ''})")
+    return attend(q, k, v, packing.segments, rule).unsqueeze(0), None
 
 
 @dataclass(frozen=True)
@@ -94,6 +92,25 @@ class _Rule:
     window: int | None
     softcap: float | None
     sinks: Tensor | None
+
+
+_Attend = Callable[[Tensor, Tensor, Tensor, Segments, _Rule], Tensor]
+"""``q`` [T, N, D], ``k`` and ``v`` [T, K, D] → [T, N, D]."""
+
+
+def _choose(q: Tensor, k: Tensor, v: Tensor, packing: Packing, rule: _Rule) -> tuple[str, _Attend]:
+    """The implementation, and what to call it in the log."""
+    if rule.sinks is not None:
+        return "explicit scores with sinks, one segment at a time", _with_sinks
+    triton = packing.kernels == "triton" and q.shape[-1] == v.shape[-1]
+    shared = TRITON_FOR_SHARED_PROMPTS and _shares_prompts(packing.segments)
+    repeated = TRITON_FOR_REPEATED_HEADS and q.shape[1] != k.shape[1] and not _varlen_groups_heads()
+    ours = triton and (shared or repeated)
+    if _varlen_fits(q, v) and rule.softcap is None and not ours:
+        return "torch varlen_attn (flash attention)", _varlen
+    if triton:
+        return "Triton", _triton
+    return "torch, one segment at a time", _reference
 
 
 def _refuse(module: nn.Module, mask: Tensor | None, packing: Packing | None, others: dict[str, Any]) -> None:
@@ -109,78 +126,94 @@ def _refuse(module: nn.Module, mask: Tensor | None, packing: Packing | None, oth
         raise EngineError(f"{kind} asks its attention for {', '.join(unknown)}, which packed attention does not know")
 
 
-def _by_segment(
-    attend: Callable[[Tensor, Tensor, Tensor, _Rule], Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    packing: Packing,
-    rule: _Rule,
-) -> Tensor:
+def _reference(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: _Rule) -> Tensor:
+    return reference.attention(q, k, v, segments, scale=rule.scale, window=rule.window, softcap=rule.softcap)
+
+
+def _triton(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: _Rule) -> Tensor:
+    from posttrain.kernels.attention import attention
+
+    return attention(q, k, v, segments, scale=rule.scale, window=rule.window, softcap=rule.softcap)
+
+
+def _with_sinks(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: _Rule) -> Tensor:
+    """Scores [N, L, C] of a segment and its context written out, and a column of sinks; softmax in float32 or wider."""
+    assert rule.sinks is not None and rule.softcap is None
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     parts = []
-    for start, stop in itertools.pairwise(packing.bounds):
-        parts.append(attend(query[:, :, start:stop], key[:, :, start:stop], value[:, :, start:stop], rule))
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+    for index, (start, stop) in enumerate(itertools.pairwise(segments.bounds)):
+        context = _context(segments, index).to(q.device)
+        positions = torch.arange(len(context) - (stop - start), len(context), device=q.device)
+        distance = positions.unsqueeze(1) - torch.arange(len(context), device=q.device)
+        seen = (distance >= 0) if rule.window is None else (distance >= 0) & (distance < rule.window)
+        scores = torch.einsum("lnd,cnd->nlc", q[start:stop], k[context]) * rule.scale
+        scores = scores if scores.dtype == torch.float64 else scores.float()
+        column = rule.sinks.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores.masked_fill(~seen, -math.inf), column], dim=-1).softmax(-1)[..., :-1]
+        parts.append(torch.einsum("nlc,cnd->lnd", weights.to(v.dtype), v[context]))
+    return torch.cat(parts)
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, rule: _Rule) -> Tensor:
-    """One sequence, [1, N, L, D]."""
-    length = query.shape[2]
-    windowed = rule.window is not None and rule.window < length
-    mask = _allowed(length, rule.window, query.device) if windowed else None
-    gqa = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, scale=rule.scale, enable_gqa=gqa
-    )
+def _shares_prompts(segments: Segments) -> bool:
+    return segments.prompts != tuple(range(len(segments.prompts)))
 
 
-def _explicit(query: Tensor, key: Tensor, value: Tensor, rule: _Rule) -> Tensor:
-    """One sequence with its scores [1, N, L, L] written out; softmax in float32 or wider."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = (query @ key.transpose(2, 3)) * rule.scale
-    scores = scores if scores.dtype == torch.float64 else scores.float()
-    if rule.softcap is not None:
-        scores = rule.softcap * torch.tanh(scores / rule.softcap)
-    scores = scores.masked_fill(~_allowed(query.shape[2], rule.window, query.device), -math.inf)
-    if rule.sinks is None:
-        return scores.softmax(-1).to(value.dtype) @ value
-    column = rule.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-    return torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1].to(value.dtype) @ value
+def _context(segments: Segments, index: int) -> Tensor:
+    """Which tokens [C] a segment sees: its prompt and itself; on the host."""
+    spans = [segments.bounds[place : place + 2] for place in dict.fromkeys((segments.prompts[index], index))]
+    return torch.cat([torch.arange(*span) for span in spans])
 
 
-def _allowed(length: int, window: int | None, device: torch.device) -> Tensor:
-    """bool [L, L]: row i sees column j when 0 ≤ i − j < window."""
-    distance = torch.arange(length, device=device).unsqueeze(1) - torch.arange(length, device=device)
-    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+def _contexts(segments: Segments) -> tuple[Tensor, Tensor]:
+    """The contexts of all segments end to end, and their cumulative lengths; worked out once a pack."""
+    tables = segments.tables
+    if ("contexts",) not in tables:
+        contexts = [_context(segments, index) for index in range(len(segments.prompts))]
+        bounds = [0, *itertools.accumulate(map(len, contexts))]
+        device = segments.cu_seqlens.device
+        tables["contexts",] = torch.cat(contexts).to(device)
+        tables["contexts", "cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32, device=device)
+    return tables["contexts",], tables["contexts", "cu_seqlens"]
 
 
-def _varlen_fits(query: Tensor, value: Tensor) -> bool:
+def _varlen_fits(q: Tensor, v: Tensor) -> bool:
     """Flash attention takes half precision from Ampere on, and heads up to 256 wide, key and value alike."""
-    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
+    if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16):
         return False
-    if query.shape[-1] != value.shape[-1] or query.shape[-1] > 256 or query.shape[-1] % 8:
+    if q.shape[-1] != v.shape[-1] or q.shape[-1] > 256 or q.shape[-1] % 8:
         return False
-    return torch.version.hip is None and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return torch.version.hip is None and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, packing: Packing, rule: _Rule) -> Tensor:
+@functools.cache
+def _varlen_groups_heads() -> bool:
+    """Whether torch's varlen_attn takes fewer key heads than query heads; torch 2.11 wants them repeated."""
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))  # [T, heads, D]
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: _Rule) -> Tensor:
+    """Every segment with its whole context as keys, the prompt's copied for each completion: causal from the end."""
+    from torch.nn.attention.varlen import varlen_attn
+
     # the window counts the keys to the left of the query itself
     window = (-1, 0) if rule.window is None else (rule.window - 1, 0)
     options: dict[str, Any] = {"scale": rule.scale, "window_size": window}
-    if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-            options["enable_gqa"] = True
-        else:  # torch 2.11 wants as many key heads as query heads
-            groups = q.shape[1] // k.shape[1]
-            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    cu, longest = packing.cu_seqlens, packing.max_length
-    out = varlen_attn(q, k.contiguous(), v.contiguous(), cu, cu, longest, longest, **options)
+    cu_seqlens, longest = segments.cu_seqlens, segments.max_length
+    cu_contexts, longest_context = cu_seqlens, longest
+    if _shares_prompts(segments):
+        index, cu_contexts = _contexts(segments)
+        k, v, longest_context = k[index], v[index], segments.max_context
+    if q.shape[1] != k.shape[1] and _varlen_groups_heads():
+        options["enable_gqa"] = True
+    elif q.shape[1] != k.shape[1]:
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    out = varlen_attn(q, k, v, cu_seqlens, cu_contexts, longest, longest_context, **options)
     assert isinstance(out, Tensor)
-    return out.unsqueeze(0)
+    return out
 
 
 def _log_once(choice: str) -> None:

@@ -5,24 +5,25 @@ Shape letters: T packed tokens, S scored tokens, V vocabulary, H hidden.
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from posttrain.kernels import reference
 from posttrain.kernels.launch import runs_triton
+from posttrain.kernels.reference.attention import Segments
 from posttrain.rl.errors import EngineError
 from posttrain.rl.machine import dtype_name
 from posttrain.trainer.attention import NAME as PACKED_ATTENTION
-from posttrain.trainer.attention import Packing
+from posttrain.trainer.attention import Kernels, Packing
 from posttrain.trainer.quantized import quantize_linears
+from posttrain.trainer.shared_prompts import lay_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,14 +32,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Kernels = Literal["triton", "reference"]
-"""``triton``: the kernels of this package; ``reference``: torch alone."""
-
 PACKABLE_LAYERS = {"full_attention", "sliding_attention", "attention"}
 PROBE_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-2}
 """Nats by which our logprobs may differ from the model's own; half precision is allowed 0.5."""
 HALF_HIDDEN_TOLERANCE = 0.25
 """Relative distance allowed between hidden states in half precision (SmolLM2 in bfloat16: 0.02 to 0.06)."""
+SHARING_TOLERANCE = 1e-3
+"""Relative distance allowed between hidden states with a shared prompt and without, in single and double precision."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -81,9 +81,18 @@ class HeadSettings:
 class PackedModel:
     """Backbone and head of a causal LM, run on packed sequences. In evaluation mode throughout: no dropout."""
 
-    def __init__(self, causal_lm: PreTrainedModel, device: torch.device, kernels: Kernels = "reference") -> None:
+    def __init__(
+        self,
+        causal_lm: PreTrainedModel,
+        device: torch.device,
+        kernels: Kernels = "reference",
+        *,
+        share_prompts: bool = False,
+    ) -> None:
+        """Raises ``EngineError`` where our logprobs would not be the model's own."""
         self.causal_lm = causal_lm
         self.device = device
+        self.kernels: Kernels = kernels
         self._token_logprobs = reference.token_logprobs
         if kernels == "triton":
             from posttrain.kernels.token_logprobs import token_logprobs
@@ -101,9 +110,14 @@ class PackedModel:
                 module.dropout = 0.0
         self._rope_limit = _rope_limit(causal_lm.config)
         self._own_attention = causal_lm.config.get_text_config()._attn_implementation
-        self.packs = False
+        self.packs = self.shares = False
         self.packs = self._try_packing()
         self._check_logprobs()
+        if share_prompts and self.packs:
+            self._check_sharing()
+        elif share_prompts:
+            log.warning("prompts are not shared: sequences that are run one at a time each compute their own")
+        self.shares = share_prompts and self.packs
 
     def enable_checkpointing(self) -> None:
         """Recompute each decoder layer in the backward pass; the gradients are the same."""
@@ -119,32 +133,38 @@ class PackedModel:
         for layer in layers:
             layer.training = True  # the switch transformers looks at; the modules inside stay in evaluation mode
 
-    def hidden(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Last hidden states [T, H] of packed sequences; no token sees another sequence."""
-        packing = Packing.of(cu_seqlens, self.device)
-        together = self.packs and (self._rope_limit is None or packing.max_length <= self._rope_limit)
-        if together:
-            return self._run(input_ids, position_ids, packing)
-        parts = []
-        for start, stop in itertools.pairwise(packing.bounds):
-            single = Packing.of(torch.tensor([0, stop - start]), self.device)
-            parts.append(self._run(input_ids[start:stop], position_ids[start:stop], single))
-        return torch.cat(parts)
-
     def logprobs(
         self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, positions: Tensor, **options: Any
     ) -> tuple[Tensor, Tensor]:
         """Log-probability [S] of the tokens at ``positions`` given what stands before them, and the entropy there.
 
-        ``options``: ``temperature``, ``entropy_gradient``, ``chunk`` of ``kernels.token_logprobs``.
+        Packed sequences, and ascending positions; best on the host. ``options``: ``temperature``, ``entropy_gradient``,
+        ``chunk`` of ``kernels.token_logprobs``.
         """
-        hidden = self.hidden(input_ids, position_ids, cu_seqlens)
-        rows = hidden[positions - 1]  # the state before a token predicts it
+        rows = self.hidden(input_ids, position_ids, cu_seqlens, positions)
         weight, bias = self.head.weight, getattr(self.head, "bias", None)
-        targets = input_ids[positions]
+        targets = input_ids[positions].to(self.device)
         return self._token_logprobs(
             rows, weight, targets, bias=bias, softcap=self.settings.softcap, scale=self.settings.scale, **options
         )
+
+    def hidden(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, positions: Tensor) -> Tensor:
+        """The last hidden states [S, H] that predict the tokens at ``positions``; no token sees another sequence."""
+        longest = int(cu_seqlens.diff().max())
+        together = self.packs and (self._rope_limit is None or longest <= self._rope_limit)
+        layout = lay_out(input_ids, cu_seqlens, positions, share=self.shares and together)
+        if not layout.lengths:
+            return self.head.weight.new_zeros(0, self.head.weight.shape[1])
+        ids, places = (column[layout.tokens.to(column.device)].to(self.device) for column in (input_ids, position_ids))
+        if together:
+            hidden = self._run(ids, places, self._packing(layout.lengths, layout.prompts))
+        else:
+            parts = zip(ids.split(layout.lengths), places.split(layout.lengths), strict=True)
+            hidden = torch.cat([self._run(own, place, self._packing([len(own)])) for own, place in parts])
+        return hidden[layout.rows.to(self.device)]
+
+    def _packing(self, lengths: Sequence[int], prompts: Sequence[int] | None = None) -> Packing:
+        return Packing(Segments.of(lengths, prompts, self.device), self.kernels)
 
     def _run(self, input_ids: Tensor, position_ids: Tensor, packing: Packing) -> Tensor:
         extra = {"packing": packing} if self.packs else {}
@@ -176,7 +196,7 @@ class PackedModel:
         """Whether the second of two packed sequences changes when the first one does."""
         ids = torch.tensor([0, 1, 2, 3, 1, 2, 3, 0], device=self.device)
         positions = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3], device=self.device)
-        packing = Packing.of(torch.tensor([0, 4, 8]), self.device)
+        packing = self._packing([4, 4])
         one = self._run(ids, positions, packing)[4:]
         two = self._run(torch.cat([ids[:4].flip(0), ids[4:]]), positions, packing)[4:]
         return (one - two).abs().max().item() > 1e-3 * one.abs().max().item()
@@ -189,18 +209,17 @@ class PackedModel:
         In half precision a forward pass through another attention moves unlikely tokens by a nat or more, so there the
         head is compared over the very same hidden states, and the attention by the hidden states it leads to.
         """
-        vocabulary = self.head.weight.shape[0]
-        ids = torch.arange(1, 9, device=self.device) * 5 % 11 * (vocabulary // 11)
+        ids = self._probe()
         positions, cu_seqlens = torch.arange(len(ids), device=self.device), torch.tensor([0, len(ids)])
         ours, _ = self.logprobs(ids, positions, cu_seqlens, positions[1:])
         half = self.head.weight.dtype not in PROBE_TOLERANCE
-        packed = {"packing": Packing.of(cu_seqlens, self.device)} if self.packs else {}
+        packed = {"packing": self._packing([len(ids)])} if self.packs else {}
         if half:
             logits = self.causal_lm(input_ids=ids[None], position_ids=positions[None], use_cache=False, **packed).logits
-            hidden = self.hidden(ids, positions, cu_seqlens).float()
+            hidden = self.hidden(ids, positions, cu_seqlens, positions[1:]).float()
         with self._eager_attention():
             if half:
-                own = self.backbone(input_ids=ids[None], use_cache=False).last_hidden_state[0].float()
+                own = self.backbone(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1].float()
                 distance = ((hidden - own).norm() / own.norm()).item()
             else:
                 logits, distance = self.causal_lm(input_ids=ids[None], use_cache=False).logits, 0.0
@@ -212,6 +231,25 @@ class PackedModel:
                 f"nats and its hidden states by {distance:.1%}: it does something that the trainer does not know, "
                 "and cannot be trained yet"
             )
+
+    @torch.no_grad()
+    def _check_sharing(self) -> None:
+        """Two sequences with a common prompt, shared and not, come to the same hidden states."""
+        ids = self._probe()
+        pack = torch.cat([ids, ids[:4], ids[4:].flip(0)]), torch.arange(8).repeat(2), torch.tensor([0, 8, 16])
+        scored = torch.tensor([4, 5, 6, 7, 12, 13, 14, 15])
+        plain = self.hidden(*pack, scored)
+        self.shares = True
+        distance = ((self.hidden(*pack, scored) - plain).norm() / plain.norm()).item()
+        if not distance <= (HALF_HIDDEN_TOLERANCE if plain.dtype not in PROBE_TOLERANCE else SHARING_TOLERANCE):
+            raise EngineError(
+                f"{type(self.causal_lm).__name__}: a prompt computed once for two completions moves their hidden "
+                f"states by {distance:.1%}: set trainer.share_prompts = false"
+            )
+
+    def _probe(self) -> Tensor:
+        """A few tokens [8] from all over the vocabulary."""
+        return torch.arange(1, 9, device=self.device) * 5 % 11 * (self.head.weight.shape[0] // 11)
 
     @contextmanager
     def _eager_attention(self) -> Iterator[None]:

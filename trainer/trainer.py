@@ -82,7 +82,7 @@ class Trainer:
     def _build(self, source: str | Path, model: ModelConfig, shared: SharedWeights | None, seed: int) -> None:
         trainer = self.config
         self._causal_lm = self._load(source, model, shared)
-        self._model = PackedModel(self._causal_lm, self.device, self.kernels)
+        self._model = PackedModel(self._causal_lm, self.device, self.kernels, share_prompts=trainer.share_prompts)
         if trainer.method == "lora":
             self._peft = lora.attach(self._causal_lm, trainer.lora, seed)
             self._weights = lora.weights(self._peft)
@@ -91,6 +91,10 @@ class Trainer:
             self._weights = dict(self._causal_lm.named_parameters())
             for weight in self._weights.values():
                 weight.requires_grad_(True)
+        if self.kernels == "triton":
+            from posttrain.trainer.fused import fuse  # imports triton
+
+            fuse(self._model)
         if trainer.activation_checkpointing:
             self._model.enable_checkpointing()
         self._loss_scale = FLOAT16_LOSS_SCALE if self._causal_lm.dtype == torch.float16 else 1.0
@@ -280,18 +284,18 @@ class Trainer:
 
     def _logprobs(self, batch: TrainBatch, entropy_gradient: bool) -> tuple[Tensor, Tensor]:
         """Logprobs and entropies [T], 0 outside the loss; only tokens in the loss reach the head."""
-        mask = batch.loss_mask.to(self.device)
-        assert not mask[batch.cu_seqlens[:-1].long().to(self.device)].any(), "a first token has no logprob"
-        positions = mask.nonzero().squeeze(1)
+        assert not batch.loss_mask[batch.cu_seqlens[:-1].long()].any(), "a first token has no logprob"
+        positions = batch.loss_mask.nonzero().squeeze(1)
         logprobs, entropy = self._model.logprobs(
-            batch.input_ids.to(self.device),
-            batch.position_ids.to(self.device),
+            batch.input_ids,
+            batch.position_ids,
             batch.cu_seqlens,
             positions,
             temperature=batch.temperature,
             entropy_gradient=entropy_gradient,
         )
-        zeros = logprobs.new_zeros(mask.shape)
+        positions = positions.to(self.device)
+        zeros = logprobs.new_zeros(batch.loss_mask.shape)
         return zeros.index_copy(0, positions, logprobs), zeros.index_copy(0, positions, entropy)
 
     def _loss_inputs(self, batch: TrainBatch, logprobs: Tensor, entropy: Tensor) -> LossInputs:

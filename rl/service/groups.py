@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from posttrain.rl import metrics
 from posttrain.rl.errors import ActorDied, EngineError, PosttrainError
+from posttrain.rl.packing import tokens
 from posttrain.rl.repack import Deal, deal
 
 if TYPE_CHECKING:
@@ -37,8 +38,9 @@ GRACE_SECONDS = 10.0
 class LearnerGroup:
     """``Learner`` over one trainer a GPU, all with the same weights, which sum their gradients in ``optim_step``."""
 
-    def __init__(self, members: Sequence[Learner]) -> None:
+    def __init__(self, members: Sequence[Learner], *, share_prompts: bool = False) -> None:
         self.members = tuple(members)
+        self._share = share_prompts
 
     async def score(self, batches: Sequence[TrainBatch], *, reference: bool = False) -> list[Scores]:
         """See ``Learner``."""
@@ -101,7 +103,8 @@ class LearnerGroup:
 
     def _deal(self, batches: Sequence[TrainBatch]) -> Deal:
         """Under the largest micro-batch that was asked for, so that whoever makes them smaller is heeded."""
-        return deal(batches, len(self.members), max((len(batch.input_ids) for batch in batches), default=1))
+        budget = max((tokens(batch, share=self._share) for batch in batches), default=1)
+        return deal(batches, len(self.members), budget, share_prompts=self._share)
 
     def _each(self, dealt: Deal) -> Iterable[tuple[Learner, list[TrainBatch]]]:
         return zip(self.members, dealt.shares, strict=True)

@@ -36,13 +36,14 @@ class LearningStep:
         self._learner = learner
         self._weights = reward_weights
         self._learning_rate = learning_rate
-        self._budget = MicroBatchBudget(learner, config.trainer.micro_batch_tokens, warn)
+        self._budget = MicroBatchBudget(learner, config.trainer, warn)
         trainer, rollout = config.trainer, config.rollout
         self._settings = BatchSettings(
             micro_batch_tokens=trainer.micro_batch_tokens,
             updates=trainer.updates_per_batch,
             max_tokens=rollout.max_tokens,
             temperature=rollout.temperature,
+            share_prompts=trainer.share_prompts,
         )
 
     async def train(self, batch: Batch, timeline: Timeline, *, policy_version: int, rescore: bool) -> dict[str, Metric]:

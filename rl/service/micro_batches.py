@@ -1,4 +1,4 @@
-"""How many tokens a micro-batch may have: half as many whenever one did not fit into the GPU's memory."""
+"""How many tokens a micro-batch may cost: half as many whenever one did not fit into the GPU's memory."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from posttrain.rl.errors import OutOfMemory
+from posttrain.rl.packing import tokens
 from posttrain.rl.repack import repack
 
 if TYPE_CHECKING:
+    from posttrain.rl.config import TrainerConfig
     from posttrain.rl.service.protocols import Learner
     from posttrain.rl.types import TrainBatch
 
@@ -16,12 +18,15 @@ T = TypeVar("T")
 
 
 class MicroBatchBudget:
-    """Tokens of a micro-batch, from ``trainer.micro_batch_tokens`` downwards for as long as it lives."""
+    """Tokens of a micro-batch as ``rl.packing`` counts them, from ``trainer.micro_batch_tokens`` downwards for as long
+    as it lives.
+    """
 
-    def __init__(self, learner: Learner, tokens: int, warn: Callable[[str], None]) -> None:
+    def __init__(self, learner: Learner, trainer: TrainerConfig, warn: Callable[[str], None]) -> None:
         self._learner = learner
         self._warn = warn
-        self.tokens = tokens
+        self._share = trainer.share_prompts
+        self.tokens = trainer.micro_batch_tokens
 
     async def run(self, batches: Sequence[TrainBatch], work: Callable[[Sequence[TrainBatch]], Awaitable[T]]) -> T:
         """Do ``work`` on one update's micro-batches; where the memory runs out, from the start on smaller ones.
@@ -30,8 +35,8 @@ class MicroBatchBudget:
         of a single sequence does not fit.
         """
         while True:
-            if any(_tokens(batch) > self.tokens and _sequences(batch) > 1 for batch in batches):
-                batches = repack(batches, self.tokens)
+            if any(self._cost(batch) > self.tokens and _sequences(batch) > 1 for batch in batches):
+                batches = repack(batches, self.tokens, share_prompts=self._share)
             try:
                 return await work(batches)
             except OutOfMemory as error:
@@ -40,9 +45,9 @@ class MicroBatchBudget:
 
     def _halve(self, batches: Sequence[TrainBatch], error: OutOfMemory) -> None:
         """Below half of the largest micro-batch that can be cut: a budget above what there is would change nothing."""
-        divisible = [_tokens(batch) for batch in batches if _sequences(batch) > 1]
+        divisible = [self._cost(batch) for batch in batches if _sequences(batch) > 1]
         if not divisible:
-            longest = max(_tokens(batch) for batch in batches)
+            longest = max(map(self._cost, batches))
             raise OutOfMemory(
                 f"a single sequence does not fit into the trainer's memory (the longest has {longest} tokens): set "
                 "trainer.activation_checkpointing = true, lower rollout.max_tokens or data.max_prompt_tokens, or give "
@@ -50,14 +55,14 @@ class MicroBatchBudget:
             ) from error
         old, self.tokens = self.tokens, max(1, min(self.tokens, max(divisible)) // 2)
         self._warn(
-            f"out of memory on micro-batches of up to {max(map(_tokens, batches))} tokens: the update is repeated with "
-            f"{self.tokens} tokens in place of {old}, and so is the rest of the run. Set trainer.micro_batch_tokens = "
-            f"{self.tokens} to begin with that, or trainer.activation_checkpointing = true ({error})"
+            f"out of memory on micro-batches of up to {max(map(self._cost, batches))} tokens: the update is repeated "
+            f"with {self.tokens} tokens in place of {old}, and so is the rest of the run. "
+            f"Set trainer.micro_batch_tokens = {self.tokens} to begin with that, or "
+            f"trainer.activation_checkpointing = true ({error})"
         )
 
-
-def _tokens(batch: TrainBatch) -> int:
-    return batch.input_ids.shape[0]
+    def _cost(self, batch: TrainBatch) -> int:
+        return tokens(batch, share=self._share)
 
 
 def _sequences(batch: TrainBatch) -> int:

@@ -98,7 +98,8 @@ class Placement:
         learners = [LearnerHandle(self._trainers[pair]) for pair in pairs]
         if len(pairs) > 1:
             self.sampler = SamplerGroup(samplers, self._blueprint.room.sequences)
-            self.learner = LearnerGroup(learners)
+            share = self._blueprint.config.trainer.share_prompts
+            self.learner = LearnerGroup(learners, share_prompts=share)
         else:
             self.sampler, self.learner = samplers[0], learners[0]
 

@@ -30,7 +30,7 @@ async def warm_start(
     cross_entropy = parse("cross_entropy")
     order = random.Random(config.seed)
     params = OptimParams(settings.learning_rate, config.trainer.betas, max_grad_norm=config.trainer.max_grad_norm)
-    budget = MicroBatchBudget(learner, config.trainer.micro_batch_tokens, say)
+    budget = MicroBatchBudget(learner, config.trainer, say)
     deck: list[Example] = []
     losses: list[float] = []
     for step in range(1, settings.steps + 1):

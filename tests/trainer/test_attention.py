@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from posttrain.kernels.reference.attention import Segments
 from posttrain.rl.errors import EngineError
 from posttrain.trainer.attention import Packing, packed_attention
 
@@ -41,7 +42,7 @@ def test_equals_dense_block_diagonal_attention(window, extra):
     draw = lambda heads: torch.randn(1, heads, 17, 8, dtype=torch.float64, generator=generator).requires_grad_()  # noqa: E731
     inputs = [draw(6), draw(2), draw(2)]
     options = {"plain": {}, "softcap": {"softcap": 0.8}, "sinks": {"s_aux": torch.linspace(-1, 2, 6).double()}}[extra]
-    packing = Packing.of(torch.tensor(BOUNDS), torch.device("cpu"))
+    packing = Packing(Segments.of([1, 5, 0, 11]))
     ours, _ = packed_attention(
         SimpleNamespace(), *inputs, None, scaling=0.4, sliding_window=window, packing=packing, dropout=0.0, **options
     )
@@ -65,6 +66,6 @@ def test_equals_dense_block_diagonal_attention(window, extra):
 )
 def test_what_it_does_not_know_is_refused(module, options, message):
     tensor = torch.zeros(1, 1, 4, 8)
-    packing = Packing.of(torch.tensor([0, 4]), torch.device("cpu"))
+    packing = Packing(Segments.of([4]))
     with pytest.raises(EngineError, match=message):
         packed_attention(module, tensor, tensor, tensor, None, **({"packing": packing} | options))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from posttrain.kernels.reference import token_logprobs
+from posttrain.kernels.reference.attention import Segments
 from posttrain.rl import algorithms, metrics
 from posttrain.rl.config import ModelConfig, TrainerConfig
 from posttrain.trainer import attention
@@ -48,8 +49,8 @@ def test_flash_attention_over_a_pack_equals_a_dense_softmax(dtype, window, heads
     shapes = [(1, heads[0], 192, 64), (1, heads[1], 192, 64), (1, heads[1], 192, 64)]
     inputs = [torch.randn(shape, generator=generator).to("cuda", dtype).requires_grad_() for shape in shapes]
     exact = [tensor.detach().double().cpu().requires_grad_() for tensor in inputs]
-    assert attention._varlen_fits(inputs[0], inputs[2])
-    packing = Packing.of(torch.tensor(bounds), torch.device("cuda"))
+    assert attention._varlen_fits(inputs[0].squeeze(0), inputs[2].squeeze(0))
+    packing = Packing(Segments.of([1, 39, 65, 87], device="cuda"))
     ours, _ = packed_attention(
         torch.nn.Module(), *inputs, None, scaling=0.125, sliding_window=window, packing=packing, dropout=0.0
     )

@@ -172,16 +172,13 @@ def test_entropy_bonus_has_its_gradient(folder):
 
 
 def test_only_tokens_in_the_loss_reach_the_head(folder, monkeypatch):
-    from posttrain.trainer import model
-
     seen = []
-    original = model.token_logprobs
-    monkeypatch.setattr(
-        model, "token_logprobs", lambda rows, *a, **k: seen.append(len(rows)) or original(rows, *a, **k)
-    )
     batch = packed(sequences(LENGTHS))
     trainer = trainer_of(folder)
-    seen.clear()
+    original = trainer._model._token_logprobs
+    monkeypatch.setattr(
+        trainer._model, "_token_logprobs", lambda rows, *a, **k: seen.append(len(rows)) or original(rows, *a, **k)
+    )
     trainer.forward_backward([batch], algorithms.parse("grpo"))
     assert seen == [int(batch.loss_mask.sum())] and seen[0] < len(batch.input_ids)
 

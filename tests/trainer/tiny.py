@@ -72,6 +72,23 @@ def wake_adapter(trainer, seed=5):
                 weight.copy_(0.05 * torch.randn(weight.shape, generator=generator, dtype=torch.float64))
 
 
+def keep_norms_exact(model):
+    """transformers' RMS norms round to float32 whatever the type. Here they do not, so that what differs by the order
+    of its additions alone differs by 1e-12 and not by 1e-6.
+    """
+
+    def exact(module, offset):
+        def forward(x):
+            eps = getattr(module, "variance_epsilon", None) or module.eps
+            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (offset + module.weight)
+
+        return forward
+
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = exact(module, 1.0 if "Gemma" in type(module).__name__ else 0.0)
+
+
 def sequences(lengths, seed=0):
     """(ids, loss mask, advantage) of each sequence: a prompt of one to three tokens, then the completion."""
     generator = torch.Generator().manual_seed(seed)

@@ -7,9 +7,10 @@ import torch
 
 from posttrain.rl import metrics
 from posttrain.rl.batching import plan_supervised
-from posttrain.rl.config import WarmStartConfig
+from posttrain.rl.config import TrainerConfig, WarmStartConfig
 from posttrain.rl.errors import OutOfMemory
 from posttrain.rl.metrics import Max, Mean
+from posttrain.rl.repack import repack
 from posttrain.rl.service.learning import LearningStep
 from posttrain.rl.service.micro_batches import MicroBatchBudget
 from posttrain.rl.service.production import Batch
@@ -18,25 +19,33 @@ from posttrain.rl.timeline import Timeline
 from posttrain.rl.types import Completion, Prompt, Rollout, RolloutGroup
 from tests.fakes import FakeLearner, config
 from tests.rl.packed_step import groups as random_groups
-from tests.trainer.tiny import save_tiny, trainer_of, wake_adapter
+from tests.trainer.tiny import keep_norms_exact, save_tiny, trainer_of, wake_adapter
+
+
+def cost(batch) -> int:
+    """Loss tokens, and the tokens of every distinct prompt."""
+    parts = zip(*(column.split(batch.cu_seqlens.diff().tolist()) for column in (batch.input_ids, batch.loss_mask)))
+    return int(batch.loss_mask.sum()) + sum(map(len, {tuple(ids[~mask].tolist()) for ids, mask in parts}))
 
 
 class Crowded(FakeLearner):
-    """A real trainer whose GPU is full at ``room`` tokens. The micro-batches before have left their gradients by then,
-    and the first of them counts double: if it were not cleared, or repeated, everything would differ.
+    """A real trainer whose GPU is full at ``room`` tokens, prompts counted once. The micro-batches before have left
+    their gradients by then, and the first of them counts double: if it were not cleared, or repeated, everything would
+    differ.
     """
 
     def __init__(self, folder, room: float) -> None:
         super().__init__()
         self.trainer = trainer_of(folder, optimizer="adamw")
         wake_adapter(self.trainer)
+        keep_norms_exact(self.trainer._causal_lm)
         self.room = room
         self.failures: list[str] = []
 
     def _check(self, batch, what: str) -> None:
-        if len(batch.input_ids) > self.room:
+        if cost(batch) > self.room:
             self.failures.append(what)
-            raise OutOfMemory(f"no room for {len(batch.input_ids)} tokens")
+            raise OutOfMemory(f"no room for {cost(batch)} tokens")
 
     async def score(self, batches, *, reference=False):
         for batch in batches:
@@ -98,7 +107,7 @@ async def train(learner: Crowded, said: list[str], **settings) -> tuple[dict[str
 def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     assert one.keys() == other.keys()
     for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-10)
 
 
 SETTINGS = [
@@ -109,7 +118,7 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("room", [300, 120, 48], ids=lambda room: f"room for {room}")
+@pytest.mark.parametrize("room", [180, 120, 48], ids=lambda room: f"room for {room}")
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
 async def test_a_halved_update_ends_where_the_undisturbed_one_does(folder, settings, room) -> None:
     free, full = Crowded(folder, float("inf")), Crowded(folder, room)
@@ -121,7 +130,7 @@ async def test_a_halved_update_ends_where_the_undisturbed_one_does(folder, setti
     assert_equal(full.adapter(), free.adapter())
     assert figures.keys() == expected.keys()
     for key, value in expected.items():
-        assert figures[key] == pytest.approx(value, rel=1e-9 if key.endswith("_std") else 1e-12, abs=1e-12), key
+        assert figures[key] == pytest.approx(value, rel=1e-9, abs=1e-10), key
     assert learning._budget.tokens <= room
 
 
@@ -149,14 +158,14 @@ async def test_later_updates_and_steps_begin_with_the_smaller_budget(folder) -> 
     failures = len(learner.failures)
     await learning.train(batch(), Timeline(), policy_version=2, rescore=True)
     assert len(learner.failures) == failures == len(said)
-    assert max(len(b.input_ids) for b in learner.batches[-1]) <= learning._budget.tokens <= 120
+    assert max(map(cost, learner.batches[-1])) <= learning._budget.tokens <= 120
     assert {b.num_micro_batches for b in learner.batches[-1]} == {len(learner.batches[-1])}
 
 
 async def test_the_warning_names_both_budgets_and_the_setting(folder) -> None:
     learner, said = Crowded(folder, 400), []
     await train(learner, said)
-    total = sum(len(b.input_ids) for b in learner.batches[-1])
+    total = cost(repack(learner.batches[-1], 10**6)[0])
     assert said[0].startswith(
         f"out of memory on micro-batches of up to {total} tokens: the update is repeated with {total // 2} tokens in "
         f"place of 16384, and so is the rest of the run. Set trainer.micro_batch_tokens = {total // 2} to begin with"
@@ -198,14 +207,14 @@ async def test_the_warm_start_goes_on_too(folder) -> None:
     expected = await warm_start(config(), settings, free, examples, lambda text: None)
     figures = await warm_start(config(), settings, full, examples, said.append)
     assert full.failures == ["forward_backward", "forward_backward"], "30 tokens, then 15; 7 fit"
-    assert figures["loss/warm_start"] == pytest.approx(expected["loss/warm_start"], rel=1e-12)
+    assert figures["loss/warm_start"] == pytest.approx(expected["loss/warm_start"], rel=1e-10)
     assert_equal(full.adapter(), free.adapter())
     assert sum("out of memory" in text for text in said) == 2
 
 
 async def test_what_fits_is_left_as_it_is() -> None:
     learner, said, seen = FakeLearner(), [], []
-    budget = MicroBatchBudget(learner, 16384, said.append)
+    budget = MicroBatchBudget(learner, TrainerConfig(), said.append)
     made = plan_supervised([((1, 2), (3, 4, 5))] * 3, 16384, 4)
 
     async def work(batches):
