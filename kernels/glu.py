@@ -42,6 +42,7 @@ class _Glu(torch.autograd.Function):
         return glu_forward(gate, up, activation)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_h: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         grad_gate, grad_up = (torch.empty(gate.shape, dtype=x.dtype, device=x.device) for x in (gate, up))

@@ -61,9 +61,11 @@ class _RmsNorm(torch.autograd.Function):
         return rms_norm_forward(x, None, weight, eps, offset)[0]
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad_x, grad_weight = rms_norm_backward((grad, None), x, weight, *ctx.constants, ctx.needs_input_grad[1])
+        eps, offset = ctx.constants
+        grad_x, grad_weight = rms_norm_backward((grad, None), x, weight, eps, offset, ctx.needs_input_grad[1])
         return grad_x, grad_weight, None, None
 
 
@@ -79,13 +81,14 @@ class _AddRmsNorm(torch.autograd.Function):
         return normed, total
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
-        total, weight = ctx.saved_tensors
-        if grad is None:
+        if grad is None:  # nobody used the norm
             return grad_total, grad_total, None, None, None
-        grad_x, grad_weight = rms_norm_backward(
-            (grad, grad_total), total, weight, *ctx.constants, ctx.needs_input_grad[2]
-        )
+        total, weight = ctx.saved_tensors
+        eps, offset = ctx.constants
+        grads, wanted = (grad, grad_total), ctx.needs_input_grad[2]
+        grad_x, grad_weight = rms_norm_backward(grads, total, weight, eps, offset, wanted)
         return grad_x, grad_x, grad_weight, None, None
 
 
