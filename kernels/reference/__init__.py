@@ -19,6 +19,10 @@ from posttrain.kernels.reference.lora import Frozen as Frozen
 from posttrain.kernels.reference.lora import lora_linear as lora_linear
 from posttrain.kernels.reference.lora import lora_mlp as lora_mlp
 from posttrain.kernels.reference.lora import lora_qkv as lora_qkv
+from posttrain.kernels.reference.nf4 import NF4_CODE as NF4_CODE
+from posttrain.kernels.reference.nf4 import NestedAbsmax as NestedAbsmax
+from posttrain.kernels.reference.nf4 import dequantize_nf4 as dequantize_nf4
+from posttrain.kernels.reference.nf4 import nf4_linear as nf4_linear
 from posttrain.kernels.reference.norms import add_rms_norm as add_rms_norm
 from posttrain.kernels.reference.norms import rms_norm as rms_norm
 from posttrain.kernels.reference.rotary import norm_rope as norm_rope
