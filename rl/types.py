@@ -70,6 +70,8 @@ class Rollout:
     reward: float
     """Weighted sum of the scores that apply."""
     advantage: float = 0.0
+    failures: Mapping[str, Literal["timeout", "error"]] = field(default_factory=dict)
+    """Reward functions that gave no score of their own: they ran out of time, or failed in a way that is forgiven."""
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 ATTRIBUTE = "__posttrain_reward__"
 
 
+STYLES: tuple[Style, ...] = get_args(Style)
 OnError = Literal["raise", "zero", "skip"]
 """What an exception of a reward function means: the run stops, the sample scores 0, or the reward does not apply."""
 

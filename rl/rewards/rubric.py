@@ -7,23 +7,25 @@ import contextvars
 import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain.rl.errors import RewardError
-from posttrain.rl.metrics import Mean, Metric, Std
-from posttrain.rl.rewards.arguments import Sample, batch_arguments, sample_arguments
-from posttrain.rl.rewards.signature import Signature, read
+from posttrain.rl.metrics import Mean, Metric, Std, Sum
+from posttrain.rl.rewards.arguments import Sample
+from posttrain.rl.rewards.execution import Outcome, Reward
+from posttrain.rl.rewards.signature import read
 from posttrain.rl.types import Completion, Prompt, Rollout, RolloutGroup
 
-Scores = list[float | None]
+if TYPE_CHECKING:
+    from posttrain.rl.rewards.pool import Pool
 
 
 class Rubric:
     """A weighted set of reward functions.
 
     Synchronous functions run one after another in a single worker thread, whatever is scored at the same time, so they
-    need not be thread-safe and the event loop stays free; asynchronous ones run concurrently. ``None`` means "does not
+    need not be thread-safe and the event loop stays free; asynchronous ones and those in the pool of processes run
+    concurrently. ``None`` means "does not
     apply": it is left out of the total, the mean and the std. A completion that no function applies to has reward 0,
     see ``reward/unscored``.
     """
@@ -53,6 +55,14 @@ class Rubric:
             signature.name: float(overrides.get(signature.name, signature.weight)) for signature in self.signatures
         }
         self._worker = ThreadPoolExecutor(1, "rewards")
+        self._pool: Pool | None = None
+        self._rewards = [Reward(signature, self._processes) for signature in self.signatures]
+
+    def close(self) -> None:
+        """End the processes of isolated functions; the next call would start new ones."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.close()
 
     def check(self, columns: Iterable[str]) -> None:
         """Before any model loads: every function's arguments exist among ``columns``, or raise ``RewardError``."""
@@ -78,29 +88,31 @@ class Rubric:
         scores each group by itself, as soon as it is drawn; calls may overlap.
 
         Raises ``RewardError`` naming the function and the sample for an exception, NaN, an infinity, a wrong number of
-        scores or a result that is not a number.
+        scores or a result that is not a number, unless the function's ``on_error`` forgives it.
         """
         samples = [
             Sample(prompt, completion, index, step)
             for prompt, completions in groups
             for index, completion in enumerate(completions)
         ]
-        scores = await self._run(samples) if samples else {name: [] for name in self.weights}
+        found = await self._run(samples) if samples else {name: [] for name in self.weights}
         results: list[RolloutGroup] = []
         position = 0
         for prompt, completions in groups:
             rollouts = []
             for completion in completions:
-                raw = {name: scores[name][position] for name in self.weights}
-                rollouts.append(Rollout(completion, raw, self._total(raw)))
+                outcomes = {name: found[name][position] for name in self.weights}
+                raw = {name: outcome.score for name, outcome in outcomes.items()}
+                failures = {name: outcome.failure for name, outcome in outcomes.items() if outcome.failure}
+                rollouts.append(Rollout(completion, raw, self._total(raw), failures=failures))
                 position += 1
             results.append(RolloutGroup(prompt, rollouts))
         return results
 
     def metrics(self, groups: Iterable[RolloutGroup]) -> dict[str, Metric]:
         """``reward/mean``, ``reward/std`` (over all completions), ``reward/unscored`` (share with no score at all)
-        and, a function, ``reward/<name>/mean``, ``/std`` and ``/applies`` (share of completions it scored). Where a
-        function applied to nothing its mean and std are absent.
+        and, a function, ``reward/<name>/mean``, ``/std``, ``/applies`` (share of completions it scored) and, where there
+        were any, ``/timeouts`` and ``/errors``. Where a function applied to nothing its mean and std are absent.
         """
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         totals = [rollout.reward for rollout in rollouts]
@@ -116,21 +128,24 @@ class Rubric:
                 result[f"reward/{name}/mean"] = Mean(math.fsum(raw), len(raw))
                 result[f"reward/{name}/std"] = Std.of(raw)
             result[f"reward/{name}/applies"] = Mean(len(raw), len(rollouts))
+            for failure, key in (("timeout", "timeouts"), ("error", "errors")):
+                if count := sum(rollout.failures.get(name) == failure for rollout in rollouts):
+                    result[f"reward/{name}/{key}"] = Sum(count)
         return result
 
     def _total(self, raw: Mapping[str, float | None]) -> float:
         return math.fsum(self.weights[name] * score for name, score in raw.items() if score is not None)
 
-    async def _run(self, samples: Sequence[Sample]) -> dict[str, Scores]:
-        """Scores of every function on every sample; the first failure cancels the rest."""
-        blocking = [signature for signature in self.signatures if not signature.is_async]
-        jobs: list[Awaitable[dict[str, Scores]]] = [
-            _score_async(signature, samples) for signature in self.signatures if signature.is_async
+    async def _run(self, samples: Sequence[Sample]) -> dict[str, list[Outcome]]:
+        """Outcomes of every function on every sample; the first failure cancels the rest."""
+        blocking = [reward for reward in self._rewards if reward.blocking]
+        jobs: list[Awaitable[dict[str, list[Outcome]]]] = [
+            _named(reward, samples) for reward in self._rewards if not reward.blocking
         ]
         if blocking:
             run = contextvars.copy_context().run
             loop = asyncio.get_running_loop()
-            jobs.append(loop.run_in_executor(self._worker, run, _score_blocking, blocking, samples))
+            jobs.append(loop.run_in_executor(self._worker, run, _all_blocking, blocking, samples))
         tasks = [asyncio.ensure_future(job) for job in jobs]
         try:
             parts = await asyncio.gather(*tasks)
@@ -139,129 +154,20 @@ class Rubric:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             raise
-        return {name: scores for part in parts for name, scores in part.items()}
+        return {name: outcomes for part in parts for name, outcomes in part.items()}
+
+    def _processes(self) -> Pool:
+        if self._pool is None:
+            from posttrain.rl.rewards.pool import Pool
+
+            self._pool = Pool()
+        return self._pool
 
 
-def _score_blocking(signatures: Sequence[Signature], samples: Sequence[Sample]) -> dict[str, Scores]:
+def _all_blocking(rewards: Sequence[Reward], samples: Sequence[Sample]) -> dict[str, list[Outcome]]:
     """Worker thread: every synchronous function, one call after another."""
-    result: dict[str, Scores] = {}
-    for signature in signatures:
-        if signature.style == "trl":
-            with _Blame(signature, samples):
-                value = signature.function(**batch_arguments(signature, samples, _trainer_state(samples)))
-            result[signature.name] = _batch_scores(signature, value, samples)
-        else:
-            scores: Scores = []
-            for sample in samples:
-                with _Blame(signature, [sample]):
-                    value = signature.function(**sample_arguments(signature, sample))
-                scores.append(_score(signature, value, sample))
-            result[signature.name] = scores
-    return result
+    return {reward.signature.name: reward.score_blocking(samples) for reward in rewards}
 
 
-async def _score_async(signature: Signature, samples: Sequence[Sample]) -> dict[str, Scores]:
-    """One asynchronous function on every sample at once (TRL style: one call)."""
-    if signature.style == "trl":
-        with _Blame(signature, samples):
-            value = await signature.function(**batch_arguments(signature, samples, _trainer_state(samples)))
-        return {signature.name: _batch_scores(signature, value, samples)}
-
-    async def one(sample: Sample) -> float | None:
-        with _Blame(signature, [sample]):
-            value = await signature.function(**sample_arguments(signature, sample))
-        return _score(signature, value, sample)
-
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(_unwrapped_error(one(sample))) for sample in samples]
-    outcomes = [task.result() for task in tasks]
-    for outcome in outcomes:
-        if isinstance(outcome, RewardError):
-            raise outcome
-    return {signature.name: [outcome for outcome in outcomes if not isinstance(outcome, RewardError)]}
-
-
-async def _unwrapped_error(score: Awaitable[float | None]) -> float | RewardError | None:
-    """Hand a failure back as a value, so that the first sample's is the one reported."""
-    try:
-        return await score
-    except RewardError as error:
-        return error
-
-
-def _trainer_state(samples: Sequence[Sample]) -> SimpleNamespace:
-    return SimpleNamespace(global_step=samples[0].step)
-
-
-class _Blame:
-    """Turns whatever the user's function raises into a ``RewardError`` with the cause chained."""
-
-    def __init__(self, signature: Signature, samples: Sequence[Sample]) -> None:
-        self.signature = signature
-        self.samples = samples
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, Exception) or isinstance(error, RewardError):
-            return
-        where = self.samples[0].label
-        if len(self.samples) > 1:
-            where = f"a batch of {len(self.samples)} samples, {where} to {self.samples[-1].label}"
-        hint = ""
-        if isinstance(error, TypeError | KeyError | IndexError | AttributeError):
-            hint = (
-                f" (called in {self.signature.style} style; @reward(style=…) changes it: posttrain, trl or verifiers)"
-            )
-        raise RewardError(
-            f"reward {self.signature.name} raised {type(error).__name__} on {where}: {error}{hint}"
-        ) from error
-
-
-def _batch_scores(signature: Signature, value: object, samples: Sequence[Sample]) -> Scores:
-    """One score a sample out of what a TRL-style function returned."""
-    if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__") or not hasattr(value, "__iter__"):
-        raise RewardError(
-            f"reward {signature.name} (trl style) returned {_short(value)} for {len(samples)} samples: "
-            "return a list with one number (or None) a completion"
-        )
-    values = list(value)
-    if len(values) != len(samples):
-        raise RewardError(
-            f"reward {signature.name} returned {len(values)} scores for {len(samples)} samples "
-            f"({samples[0].label} to {samples[-1].label}): return one a completion"
-        )
-    return [_score(signature, item, sample) for item, sample in zip(values, samples, strict=True)]
-
-
-def _score(signature: Signature, value: Any, sample: Sample) -> float | None:
-    """A finite float or ``None``; anything else is an error, never a 0."""
-    if value is None:
-        return None
-    if not isinstance(value, bool | int | float) and hasattr(value, "item"):
-        try:
-            value = value.item()  # numpy and torch scalars
-        except (ValueError, RuntimeError):
-            raise RewardError(
-                f"reward {signature.name} returned {_short(value)} on {sample.label}: return one number"
-            ) from None
-    if not isinstance(value, bool | int | float):
-        hint = (
-            "" if signature.style == "trl" else '; functions that score a whole batch take completions or style="trl"'
-        )
-        raise RewardError(
-            f"reward {signature.name} returned {_short(value)} on {sample.label}: return a number, or None where it "
-            f"does not apply{hint}"
-        )
-    if not math.isfinite(value):
-        raise RewardError(
-            f"reward {signature.name} returned {float(value)} on {sample.label}: return a finite number, or None where "
-            "it does not apply"
-        )
-    return float(value)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text[:80]}{'…' if len(text) > 80 else ''}"
+async def _named(reward: Reward, samples: Sequence[Sample]) -> dict[str, list[Outcome]]:
+    return {reward.signature.name: await reward.score(samples)}

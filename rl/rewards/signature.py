@@ -34,12 +34,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from posttrain.rl.errors import RewardError
-from posttrain.rl.rewards.decorator import Style, tag_of
+from posttrain.rl.rewards.decorator import RewardTag, Style, tag_of
 
 PER_SAMPLE = ("prompt", "completion", "completion_ids", "finish_reason", "messages", "columns", "prompt_id", "step")
 """What a posttrain-style function may ask for beside columns. ``messages``: the prompt as turns and the reply."""
 TRL_NAMES = ("prompts", "completions", "completion_ids", "trainer_state")
 """What TRL's trainer hands over; its ``log_extra``, ``log_metric`` and ``environments`` are left at their defaults."""
+BATCH_STYLES: tuple[Style, ...] = ("group", "trl", "openrlhf")
+"""Styles called once a group."""
 VERIFIERS_NAMES = ("prompt", "completion", "state", "info", "task")
 
 
@@ -58,6 +60,8 @@ class Signature:
     """Parameters with one: filled where there is something to fill them with."""
     takes_all: bool
     """It has ``**kwargs``."""
+    tag: RewardTag = field(default_factory=RewardTag)
+    """What the decorator says of it."""
     as_messages: dict[str, bool | None] = field(default_factory=dict)
     """Prompt and completion parameters: messages, text, or (``None``) whichever the row is."""
 
@@ -108,6 +112,7 @@ def read(function: Callable[..., Any]) -> Signature:
         required=tuple(key for key, value in named.items() if value.default is value.empty),
         optional=tuple(key for key, value in named.items() if value.default is not value.empty),
         takes_all=takes_all,
+        tag=tag,
         as_messages=turns,
     )
 

@@ -1,0 +1,263 @@
+"""Calls one reward function for the samples of a group: in a thread, as coroutines, or in the pool of processes.
+
+A function that runs out of time, or whose process dies, costs the sample it was called for: that scores 0. So does an
+exception, where ``on_error`` says so. A function that scores a whole batch in one call is called once more for each
+sample by itself when the batch fails in one of these ways, so that the others keep their scores.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal
+
+from posttrain.rl.errors import RewardError
+from posttrain.rl.rewards.arguments import Sample, batch_arguments, sample_arguments
+from posttrain.rl.rewards.decorator import STYLES
+from posttrain.rl.rewards.signature import BATCH_STYLES, Signature
+
+if TYPE_CHECKING:
+    from posttrain.rl.rewards.pool import Pool
+
+Failure = Literal["timeout", "error"]
+DEFAULT_TIMEOUT_S = 60.0
+"""Of a call in the pool that names no limit of its own."""
+CACHED = 100_000
+"""Scores that one function's cache holds."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What one function made of one sample."""
+
+    score: float | None
+    failure: Failure | None = None
+
+
+@dataclass(slots=True)
+class Reward:
+    """One function with what its calls share: the cache, and a limit on those under way."""
+
+    signature: Signature
+    pool: Callable[[], Pool]
+    _scores: OrderedDict[bytes, list[float | None]] = field(default_factory=OrderedDict)
+    _room: asyncio.Semaphore | None = None
+
+    @property
+    def blocking(self) -> bool:
+        """Whether it is called in the worker thread."""
+        return not self.signature.is_async and not self.signature.tag.isolated
+
+    def score_blocking(self, samples: Sequence[Sample]) -> list[Outcome]:
+        """In this thread, one call after another."""
+        return [outcome for part in self._parts(samples) for outcome in self._kept(part, self._call)]
+
+    async def score(self, samples: Sequence[Sample]) -> list[Outcome]:
+        """Every call at once, as far as ``concurrency`` and the pool go; the first sample's error is the one raised."""
+        calls = [asyncio.ensure_future(self._kept_async(part)) for part in self._parts(samples)]
+        try:
+            found = await asyncio.gather(*calls, return_exceptions=True)
+        except BaseException:
+            for call in calls:
+                call.cancel()
+            raise
+        for part in found:
+            if isinstance(part, BaseException):
+                raise part
+        return [outcome for part in found if not isinstance(part, BaseException) for outcome in part]
+
+    def _parts(self, samples: Sequence[Sample]) -> list[Sequence[Sample]]:
+        """What one call is given: everything, or one sample."""
+        return [samples] if self.signature.style in BATCH_STYLES else [[sample] for sample in samples]
+
+    def _arguments(self, part: Sequence[Sample]) -> dict[str, Any]:
+        if self.signature.style in BATCH_STYLES:
+            return batch_arguments(self.signature, part, SimpleNamespace(global_step=part[0].step))
+        return sample_arguments(self.signature, part[0])
+
+    def _call(self, part: Sequence[Sample], arguments: dict[str, Any]) -> list[Outcome]:
+        try:
+            with Blame(self.signature, part):
+                value = self.signature.function(**arguments)
+            return self._checked(value, part)
+        except RewardError as error:
+            return self._forgiven(error, part)
+
+    async def _call_async(self, part: Sequence[Sample], arguments: dict[str, Any]) -> list[Outcome]:
+        if self._room is None:
+            self._room = asyncio.Semaphore(int(self.signature.tag.concurrency))
+        try:
+            async with self._room, asyncio.timeout(self.signature.tag.timeout) as limit:
+                with Blame(self.signature, part):
+                    value = await self.signature.function(**arguments)
+            return self._checked(value, part)
+        except TimeoutError:
+            assert limit.expired(), "Blame turns the function's own into a RewardError"
+            return await self._alone(part, "timeout")
+        except RewardError as error:
+            return self._forgiven(error, part)
+
+    async def _call_isolated(self, part: Sequence[Sample], arguments: dict[str, Any]) -> list[Outcome]:
+        from posttrain.rl.rewards.pool import Crashed, Failed, TimedOut
+
+        tag = self.signature.tag
+        try:
+            value = await self.pool().call(
+                self.signature.function,
+                arguments,
+                timeout_s=tag.timeout or DEFAULT_TIMEOUT_S,
+                memory_mib=tag.memory_mib,
+            )
+            return self._checked(value, part)
+        except TimedOut:
+            return await self._alone(part, "timeout")
+        except Crashed:
+            return await self._alone(part, "error")
+        except Failed as error:
+            return self._forgiven(Blame(self.signature, part).error(error.kind, error.message, error.trace), part)
+        except RewardError as error:
+            return self._forgiven(error, part)
+
+    async def _alone(self, part: Sequence[Sample], failure: Failure) -> list[Outcome]:
+        """A call that ended without an answer: the sample's, or one call more for each sample of a batch."""
+        if len(part) == 1:
+            return [Outcome(0.0, failure)]
+        call = self._call_async if self.signature.is_async else self._call_isolated
+        again = await asyncio.gather(*(call([sample], self._arguments([sample])) for sample in part))
+        return [outcome for outcomes in again for outcome in outcomes]
+
+    def _forgiven(self, error: RewardError, part: Sequence[Sample]) -> list[Outcome]:
+        if self.signature.tag.on_error == "raise":
+            raise error
+        return [Outcome(0.0 if self.signature.tag.on_error == "zero" else None, "error") for _ in part]
+
+    def _checked(self, value: object, part: Sequence[Sample]) -> list[Outcome]:
+        if self.signature.style in BATCH_STYLES:
+            return [Outcome(score) for score in batch_scores(self.signature, value, part)]
+        return [Outcome(one_score(self.signature, value, part[0]))]
+
+    def _kept(
+        self, part: Sequence[Sample], call: Callable[[Sequence[Sample], dict[str, Any]], list[Outcome]]
+    ) -> list[Outcome]:
+        arguments = self._arguments(part)
+        if not self.signature.tag.cache:
+            return call(part, arguments)
+        key = self._key(part, arguments)
+        if (known := self._known(key)) is None:
+            known = call(part, arguments)
+            self._remember(key, known)
+        return known
+
+    async def _kept_async(self, part: Sequence[Sample]) -> list[Outcome]:
+        call = self._call_async if self.signature.is_async else self._call_isolated
+        arguments = self._arguments(part)
+        if not self.signature.tag.cache:
+            return await call(part, arguments)
+        key = self._key(part, arguments)
+        if (known := self._known(key)) is None:
+            known = await call(part, arguments)
+            self._remember(key, known)
+        return known
+
+    def _key(self, part: Sequence[Sample], arguments: Mapping[str, Any]) -> bytes:
+        try:
+            return hashlib.blake2b(pickle.dumps(sorted(arguments.items())), digest_size=16).digest()
+        except Exception as error:
+            raise RewardError(
+                f"reward {self.signature.name}: its arguments on {part[0].label} cannot be a cache's key ({error}): "
+                "take cache=True off, or ask for fewer columns"
+            ) from error
+
+    def _known(self, key: bytes) -> list[Outcome] | None:
+        scores = self._scores.get(key)
+        return None if scores is None else [Outcome(score) for score in scores]
+
+    def _remember(self, key: bytes, outcomes: Sequence[Outcome]) -> None:
+        """Failures are tried again."""
+        if not any(outcome.failure for outcome in outcomes):
+            self._scores[key] = [outcome.score for outcome in outcomes]
+        while len(self._scores) > CACHED:
+            self._scores.popitem(last=False)
+
+
+class Blame:
+    """Turns whatever the user's function raises into a ``RewardError`` with the cause chained."""
+
+    def __init__(self, signature: Signature, samples: Sequence[Sample]) -> None:
+        self.signature = signature
+        self.samples = samples
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, RewardError):
+            raise self.error(type(error).__name__, str(error)) from error
+
+    def error(self, kind: str, message: str, trace: str = "") -> RewardError:
+        """What went wrong on which sample; ``trace`` is the text of a traceback in another process."""
+        where = self.samples[0].label
+        if len(self.samples) > 1:
+            where = f"a batch of {len(self.samples)} samples, {where} to {self.samples[-1].label}"
+        hint = ""
+        if kind in ("TypeError", "KeyError", "IndexError", "AttributeError"):
+            hint = f" (called in {self.signature.style} style; @reward(style=…) changes it: {', '.join(STYLES)})"
+        return RewardError(
+            f"reward {self.signature.name} raised {kind} on {where}: {message}{hint}{chr(10) if trace else ''}{trace}"
+        )
+
+
+def batch_scores(signature: Signature, value: object, samples: Sequence[Sample]) -> list[float | None]:
+    """One score a sample out of what a function that scores a batch returned."""
+    if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__") or not hasattr(value, "__iter__"):
+        raise RewardError(
+            f"reward {signature.name} ({signature.style} style) returned {_short(value)} for {len(samples)} samples: "
+            "return a list with one number (or None) a completion"
+        )
+    values = list(value)
+    if len(values) != len(samples):
+        raise RewardError(
+            f"reward {signature.name} returned {len(values)} scores for {len(samples)} samples "
+            f"({samples[0].label} to {samples[-1].label}): return one a completion"
+        )
+    return [one_score(signature, item, sample) for item, sample in zip(values, samples, strict=True)]
+
+
+def one_score(signature: Signature, value: Any, sample: Sample) -> float | None:
+    """A finite float or ``None``; anything else is an error, never a 0."""
+    if value is None:
+        return None
+    if not isinstance(value, bool | int | float) and hasattr(value, "item"):
+        try:
+            value = value.item()  # numpy and torch scalars
+        except (ValueError, RuntimeError):
+            raise RewardError(
+                f"reward {signature.name} returned {_short(value)} on {sample.label}: return one number"
+            ) from None
+    if not isinstance(value, bool | int | float):
+        hint = (
+            ""
+            if signature.style in BATCH_STYLES
+            else '; functions that score a whole batch take completions or style="trl"'
+        )
+        raise RewardError(
+            f"reward {signature.name} returned {_short(value)} on {sample.label}: return a number, or None where it "
+            f"does not apply{hint}"
+        )
+    if not math.isfinite(value):
+        raise RewardError(
+            f"reward {signature.name} returned {float(value)} on {sample.label}: return a finite number, or None where "
+            "it does not apply"
+        )
+    return float(value)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text[:80]}{'…' if len(text) > 80 else ''}"
