@@ -22,6 +22,7 @@ from posttrain.rl.errors import EngineError
 from posttrain.rl.machine import dtype_name
 from posttrain.trainer.attention import NAME as PACKED_ATTENTION
 from posttrain.trainer.attention import Kernels, Packing
+from posttrain.trainer.offload import checkpoint_layers
 from posttrain.trainer.quantized import quantize_linears
 from posttrain.trainer.shared_prompts import lay_out
 
@@ -104,10 +105,6 @@ class PackedModel:
         self.backbone: nn.Module = causal_lm.get_decoder()
         self.settings = _head_settings(causal_lm.config)
         causal_lm.eval()
-        for module in causal_lm.modules():
-            # Decoder layers are put in training mode for activation checkpointing, and some drop out by this number.
-            if isinstance(getattr(module, "dropout", None), float):
-                module.dropout = 0.0
         self._rope_limit = _rope_limit(causal_lm.config)
         self._own_attention = causal_lm.config.get_text_config()._attn_implementation
         self.packs = self.shares = False
@@ -119,19 +116,11 @@ class PackedModel:
             log.warning("prompts are not shared: sequences that are run one at a time each compute their own")
         self.shares = share_prompts and self.packs
 
-    def enable_checkpointing(self) -> None:
-        """Recompute each decoder layer in the backward pass; the gradients are the same."""
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
-        remedy = "set trainer.activation_checkpointing = false"
-        if not self.causal_lm.supports_gradient_checkpointing:
-            raise EngineError(f"{type(self.causal_lm).__name__} cannot recompute activations: {remedy}")
-        self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-        layers = [module for module in self.backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
-        if not layers:
-            raise EngineError(f"{type(self.causal_lm).__name__} has no layers to recompute: {remedy}")
-        for layer in layers:
-            layer.training = True  # the switch transformers looks at; the modules inside stay in evaluation mode
+    def enable_checkpointing(self, *, offload: bool = False) -> None:
+        """Recompute each decoder layer in the backward pass; with ``offload`` their inputs wait in host memory. The
+        gradients are the same.
+        """
+        checkpoint_layers(self.backbone, self.device, offload=offload)
 
     def logprobs(
         self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, positions: Tensor, **options: Any

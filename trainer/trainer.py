@@ -96,7 +96,7 @@ class Trainer:
 
             fuse(self._model)
         if trainer.activation_checkpointing:
-            self._model.enable_checkpointing()
+            self._model.enable_checkpointing(offload=trainer.offload_activations)
         self._loss_scale = FLOAT16_LOSS_SCALE if self._causal_lm.dtype == torch.float16 else 1.0
         self._optimizer = Optimizer(self._weights, trainer, self._loss_scale)
 
@@ -247,6 +247,8 @@ class Trainer:
         del self._model, self._causal_lm, self._peft, self._weights, self._optimizer, self._mapped, self._buffer
         gc.collect()
         self.release_memory()
+        if self.device.type == "cuda":
+            torch._C._host_emptyCache()  # torch keeps pinned memory that nobody uses, too
 
     def _within(self, what: str, work: Callable[[], Result]) -> Result:
         """Do ``work``; where the GPU's memory does not suffice for ``what``, give back what it held and raise
