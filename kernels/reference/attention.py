@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ class Segments:
     """Of the longest segment."""
     max_context: int
     """Of the longest segment with its prompt."""
-    tables: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
+    tables: dict[tuple, Any] = field(default_factory=dict, repr=False)
     """What kernels work out once for all layers, under keys of their own."""
 
     @classmethod
