@@ -1,7 +1,7 @@
 """Activation checkpointing: a decoder layer keeps its input alone, on its device or in pinned host memory.
 
 The backward pass of a layer runs its forward pass again, this time with a graph. The operations and their order are
-those of the plain model, so the gradients are bitwise the same; they go to the parameters along the graph, hooks and all.
+those of the plain model, so the gradients are bitwise the same; they reach the parameters as ever, hooks and all.
 
 Copies to and from the host run on a stream of their own, beside the products of the layer. Where a copy's source or
 target on the device is given up, the main stream waits for the copy first: the allocator may hand that memory to the
@@ -169,7 +169,7 @@ class _Recomputing:
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """``hidden_states`` […, H] and whatever else the layer takes."""
-        given = {**dict(enumerate(args)), **kwargs}
+        given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         others = {key: value for key, value in given.items() if isinstance(value, Tensor) and value.requires_grad}
         parameters = [parameter for parameter in self._layer.parameters() if parameter.requires_grad]
         if not torch.is_grad_enabled() or not (hidden_states.requires_grad or others or parameters):
@@ -189,7 +189,7 @@ class _Recomputed(torch.autograd.Function):
     """A layer run without a graph, and with one when its gradient is asked for."""
 
     @staticmethod
-    def forward(  # noqa: PLR0913 — autograd takes positions only
+    def forward(
         ctx: Any,
         run: Callable[..., Any],
         memory: HostMemory | None,
