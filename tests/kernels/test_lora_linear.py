@@ -10,9 +10,9 @@ import torch
 from .kernel_tests import DEVICE, TYPES, distance, filled_with_nan, run_interpreted, runs
 
 pytest.importorskip("triton")
-from posttrain.kernels import reference  # noqa: E402 - needs triton
-from posttrain.kernels.lora_linear import lora_linear, lora_mlp, lora_qkv  # noqa: E402
-from posttrain.kernels.reference import Adapted, Dense  # noqa: E402
+from posttrain.kernels import reference
+from posttrain.kernels.lora_linear import lora_linear, lora_mlp, lora_qkv
+from posttrain.kernels.reference import Adapted, Dense
 
 __all__ = ["filled_with_nan"]
 HALF = [torch.bfloat16] if DEVICE == "cpu" else [torch.bfloat16, torch.float16]
