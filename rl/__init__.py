@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from posttrain.rl.algorithms import Algorithm as Algorithm
     from posttrain.rl.config import Config as Config
     from posttrain.rl.errors import PosttrainError as PosttrainError
+    from posttrain.rl.rewards import metric as metric
     from posttrain.rl.rewards import reward as reward
     from posttrain.rl.service.run import RunResult as RunResult
     from posttrain.rl.service.train import train as train
@@ -20,11 +21,12 @@ _HOMES = {
     "Config": "posttrain.rl.config",
     "PosttrainError": "posttrain.rl.errors",
     "RunResult": "posttrain.rl.service.run",
+    "metric": "posttrain.rl.rewards",
     "reward": "posttrain.rl.rewards",
     "train": "posttrain.rl.service.train",
 }
 
-__all__ = ["ALGORITHMS", "Algorithm", "Config", "PosttrainError", "RunResult", "reward", "train"]
+__all__ = ["ALGORITHMS", "Algorithm", "Config", "PosttrainError", "RunResult", "metric", "reward", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: ``posttrain train | eval | doctor``. Nothing heavy is imported before a command needs it."""
+"""The command line, ``posttrain train | eval | doctor | rewards``: nothing heavy is imported before it is needed."""
 
 from __future__ import annotations
 
@@ -107,6 +107,65 @@ def doctor(
             examination.show(report)
         if loaded is not None:
             typer.echo(examination.fit(loaded), err=as_json)
+
+
+rewards_app = typer.Typer(help="Reward functions: what there is, and what one makes of a completion.")
+app.add_typer(rewards_app, name="rewards", no_args_is_help=True)
+
+
+@rewards_app.command("list")
+def rewards_list() -> None:
+    """Every reward that has a name: what it asks for, what it does, where it comes from."""
+    with _reporting():
+        from rich.console import Console
+        from rich.table import Table
+
+        from posttrain.rl import rewards_cli
+
+        table = Table("name", "asks for", "does", "from", box=None)
+        for row in rewards_cli.listing():
+            table.add_row(*row)
+        Console().print(table)
+
+
+@rewards_app.command("try")
+def rewards_try(
+    name: Annotated[str, typer.Argument(help="A reward's name, module:function or file.py:function.")],
+    completion: Annotated[str, typer.Option(help="What the model wrote; - reads standard input.")],
+    answer: Annotated[str | None, typer.Option(help="The column answer.")] = None,
+    column: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Another column. Repeatable.")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A setting of the reward, JSON or text. Repeatable.")
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="The prompt's text.")] = "",
+) -> None:
+    """Score one completion: score, time and, where the reward gives one, an explanation."""
+    with _reporting():
+        from posttrain.rl import rewards_cli
+
+        text = sys.stdin.read() if completion == "-" else completion
+        columns = {**_pairs("--column", column), **({} if answer is None else {"answer": answer})}
+        trial = rewards_cli.attempt(name, text, columns, _pairs("--setting", setting), prompt)
+        typer.echo(f"score  {'does not apply' if trial.score is None else f'{trial.score:g}'}")
+        typer.echo(f"time   {trial.milliseconds:.2f} ms")
+        if trial.failure is not None:
+            typer.echo(f"failed  {trial.failure}")
+        if trial.explanation is not None:
+            typer.echo(f"because  {trial.explanation}")
+
+
+def _pairs(option: str, given: list[str] | None) -> dict[str, object]:
+    """``NAME=VALUE`` as a mapping; a value that is JSON is taken as such."""
+    found: dict[str, object] = {}
+    for pair in given or []:
+        name, sign, value = pair.partition("=")
+        if not sign or not name:
+            raise ConfigError(f"{option} {pair}: write NAME=VALUE")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
 
 
 def main() -> None:

@@ -108,6 +108,8 @@ class RewardSpec(Section):
     """A built-in, ``module:function`` or ``file.py:function``."""
     weight: float | None = None
     """In place of the function's own weight."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the reward, such as a judge's ``model``."""
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]

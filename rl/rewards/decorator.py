@@ -14,6 +14,8 @@ Style = Literal["posttrain", "group", "trl", "verifiers", "verl", "openrlhf", "a
 
 F = TypeVar("F", bound=Callable[..., Any])
 ATTRIBUTE = "__posttrain_reward__"
+FACTORY = "__posttrain_factory__"
+EXPLANATION = "__posttrain_explanation__"
 
 
 STYLES: tuple[Style, ...] = get_args(Style)
@@ -138,3 +140,30 @@ def tag_of(function: Callable[..., Any]) -> RewardTag:
             return tag
         seen = cast("object", getattr(seen, "func", None))
     return RewardTag()
+
+
+def factory(function: F) -> F:
+    """Mark a function that makes a reward from settings, as a configuration gives them: ``settings = {…}``."""
+    setattr(function, FACTORY, True)
+    return function
+
+
+def is_factory(function: Callable[..., Any]) -> bool:
+    """Whether ``factory`` stands on it."""
+    return bool(getattr(function, FACTORY, False))
+
+
+def explains(rewarded: Callable[..., Any]) -> Callable[[F], F]:
+    """Mark the function that says in a line why ``rewarded`` gave its score; it takes the same arguments."""
+
+    def mark(explanation: F) -> F:
+        setattr(rewarded, EXPLANATION, explanation)
+        return explanation
+
+    return mark
+
+
+def explanation_of(function: Callable[..., Any]) -> Callable[..., str] | None:
+    """What explains a reward's score, if anything does."""
+    found: Callable[..., str] | None = getattr(function, EXPLANATION, None)
+    return found

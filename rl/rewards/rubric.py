@@ -111,8 +111,8 @@ class Rubric:
 
     def metrics(self, groups: Iterable[RolloutGroup]) -> dict[str, Metric]:
         """``reward/mean``, ``reward/std`` (over all completions), ``reward/unscored`` (share with no score at all)
-        and, a function, ``reward/<name>/mean``, ``/std``, ``/applies`` (share of completions it scored) and, where there
-        were any, ``/timeouts`` and ``/errors``. Where a function applied to nothing its mean and std are absent.
+        and, a function, ``reward/<name>/mean``, ``/std``, ``/applies`` (share of completions it scored) and, where
+        there were any, ``/timeouts`` and ``/errors``. Where a function applied to nothing its mean and std are absent.
         """
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         totals = [rollout.reward for rollout in rollouts]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from posttrain.rl.rewards.decorator import factory
+
 
 def exact(completion: str, answer: object) -> float:
     """1 when the completion is the answer, blanks around either left out."""
@@ -20,6 +22,7 @@ def ends_with_answer(completion: str, answer: object) -> float:
     return float(not (before.isalnum() and wanted[0].isalnum()))
 
 
+@factory
 def regex_format(pattern: str, *, name: str = "regex_format") -> Callable[[str], float]:
     """A reward that is 1 when the whole completion, stripped, matches ``pattern`` (dot: any character).
 

@@ -80,7 +80,7 @@ def _rubric(config: Config, given: Given, base: Path | None) -> Rubric:
                 f"the reward {spec.name.removeprefix(IN_PYTHON + ':')} was given in Python: "
                 "go on with rl.train(resume=…, rewards=[…])"
             )
-        functions.append(resolve(spec.name, base))
+        functions.append(resolve(spec.name, base, spec.settings))
     names = Rubric(functions).weights
     overrides = {name: spec.weight for name, spec in zip(names, config.rewards, strict=True) if spec.weight is not None}
     return Rubric(functions, overrides)

@@ -9,7 +9,7 @@ import pytest
 
 from posttrain import rl
 
-NAMES = ["ALGORITHMS", "Algorithm", "Config", "PosttrainError", "RunResult", "reward", "train"]
+NAMES = ["ALGORITHMS", "Algorithm", "Config", "PosttrainError", "RunResult", "metric", "reward", "train"]
 
 
 def test_names_are_pinned() -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from posttrain.rl.errors import ConfigError
-from posttrain.rl.rewards import BUILT_INS, reference, resolve
+from posttrain.rl.rewards import BUILT_INS, names, reference, references, registry, resolve
+from posttrain.rl.rewards.decorator import is_factory
 from posttrain.rl.rewards.math_answer import math_answer
+from posttrain.rl.rewards.signature import read
 
 FILE = """
 import neighbour
@@ -47,8 +49,53 @@ def file(tmp_path: Path) -> Path:
 
 def test_built_ins_by_name_there_and_back() -> None:
     assert resolve("math_answer") is math_answer
-    for name, function in BUILT_INS.items():
-        assert reference(function) == name and resolve(name) is function
+    for name, where in BUILT_INS.items():
+        function = references.import_function(where)
+        assert reference(function) == name
+        assert is_factory(function) or resolve(name) is function
+
+
+def test_settings_are_bound_to_a_function_and_make_a_factorys_reward() -> None:
+    pattern = resolve("regex_format", settings={"pattern": "a+", "name": "only_a"})
+    assert (pattern("aaa"), pattern("ab"), pattern.__name__) == (1.0, 0.0, "only_a")
+    bound = resolve("ends_with_answer", settings={"answer": "7"})
+    assert (
+        bound("it is 7") == 1.0 and read(bound).required == ("completion",) and read(bound).name == "ends_with_answer"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("regex_format", {}, "missing a required argument: 'pattern'"),
+        ("regex_format", {"patern": "a"}, r"unexpected keyword argument 'patern'|missing .*'pattern'"),
+        ("regex_format", {"pattern": "("}, r"missing \)"),
+        ("exact", {"wrong": 1}, r"'wrong' \(it knows: completion, answer\)"),
+    ],
+)
+def test_wrong_settings_are_one_clear_error(name: str, settings: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve(name, settings=settings)
+
+
+class Dist:
+    name = "their-package"
+
+
+class Point:
+    def __init__(self, name: str, value: str) -> None:
+        self.name, self.value, self.dist = name, value, Dist()
+
+
+def test_an_installed_package_offers_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [Point("theirs", "posttrain.rl.rewards.text_format:exact"), Point("exact", "nowhere:nothing")]
+    monkeypatch.setattr(registry, "entry_points", lambda group: points if group == "posttrain.rewards" else [])
+    assert resolve("theirs")("a", answer="a") == 1.0
+    assert resolve("exact").__module__ == "posttrain.rl.rewards.text_format", "a built-in is never replaced"
+    assert names()["theirs"] == "their-package" and names()["exact"] == "built in"
+    points.append(Point("theirs", "other:function"))
+    with pytest.raises(ConfigError, match="two packages offer a reward theirs"):
+        resolve("theirs")
 
 
 def test_module_function() -> None:
@@ -105,7 +152,7 @@ def test_lambdas_and_local_functions_are_refused() -> None:
     ("spec", "message"),
     [
         ("math_answr", "did you mean math_answer"),
-        ("zzz", "built in are .*math_answer.*module:function"),
+        ("zzz", "there are .*math_answer.*module:function"),
         ("no_such_module:f", "no module no_such_module"),
         ("posttrain.rl.rewards.math_answer:nope", "has no nope; it has .*final_answer"),
         ("posttrain.rl.rewards.math_verdict:TIMEOUT_S", "TIMEOUT_S is float, not a function"),
