@@ -25,8 +25,8 @@ _COLUMNS = (
     "ref_logprobs",
 )
 """Every ``[T]`` tensor of a batch."""
-PIECES_A_RANK = 2
-"""A family whose prompt is shared goes to one rank whole where it is no larger than this part of a rank's share."""
+PARTS_OF_A_SHARE = (1, 2, 4, 8)
+"""Families whose prompt is shared are dealt in pieces of at most this part of a rank's share, whichever is best."""
 
 
 def repack(batches: Sequence[TrainBatch], budget: int, *, share_prompts: bool = False) -> list[TrainBatch]:
@@ -68,26 +68,33 @@ class Deal:
 def deal(batches: Sequence[TrainBatch], ranks: int, budget: int, *, share_prompts: bool = False) -> Deal:
     """Give each sequence, longest first, to the rank where the fewest tokens are then, and pack each rank's share.
 
-    Where prompts are shared, the completions of one stay together, but for families so large that the ranks could not
-    be balanced: those are cut. The same sequences are dealt the same way, whatever else the batches hold: what was
-    scored is trained in the same micro-batches.
+    Where prompts are shared, the completions of one stay together unless the ranks are done sooner when some are cut
+    and more than one computes the prompt. The same sequences are dealt the same way, whatever else the batches hold:
+    what was scored is trained in the same micro-batches.
     """
     sequences = _sequences(batches)
     found = _families(sequences, share_prompts)
-    limit = min(budget, sum(family.tokens for family in found) // (PIECES_A_RANK * ranks))
+    total = sum(family.tokens for family in found)
+    deals = [_longest_first(found, ranks, min(budget, total // (ranks * parts))) for parts in PARTS_OF_A_SHARE]
+    _, shares = min(deals, key=lambda dealt: dealt[0])
+    places = [_bins([sequences[i] for i in share], budget, share_prompts) for share in shares]
+    count = sum(map(len, places))
+    return Deal([[_pack(batches, members, count) for members in place] for place in places], batches, places)
+
+
+def _longest_first(found: Sequence[Family], ranks: int, limit: int) -> tuple[int, list[list[int]]]:
+    """Families in pieces of at most ``limit`` tokens, dealt out: the tokens of the fullest rank, and who has what."""
     pieces = [(number, piece) for number, family in enumerate(found) for piece in family.cut(limit)]
     shares: list[list[int]] = [[] for _ in range(ranks)]
     tokens = [0] * ranks
-    paid: set[tuple[int, int]] = set()  # who has computed which family's prompt
+    paid: set[tuple[int, int]] = set()  # who computes which family's prompt already
     for number, piece in sorted(pieces, key=lambda pair: pair[1].tokens, reverse=True):
         after = [tokens[r] + piece.tokens - ((r, number) in paid) * piece.prompt for r in range(ranks)]
         rank = min(range(ranks), key=after.__getitem__)
         shares[rank] += piece.added
         tokens[rank] = after[rank]
         paid.add((rank, number))
-    places = [_bins([sequences[i] for i in share], budget, share_prompts) for share in shares]
-    count = sum(map(len, places))
-    return Deal([[_pack(batches, members, count) for members in place] for place in places], batches, places)
+    return max(tokens), shares
 
 
 @dataclass(slots=True, frozen=True)

@@ -102,7 +102,7 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, packing: Packing, rule: _Rule) -> t
     """The implementation, and what to call it in the log."""
     if rule.sinks is not None:
         return "explicit scores with sinks, one segment at a time", _with_sinks
-    triton = packing.kernels == "triton" and q.shape[-1] == v.shape[-1]
+    triton = packing.kernels == "triton" and _triton_fits(q, v)
     shared = TRITON_FOR_SHARED_PROMPTS and _shares_prompts(packing.segments)
     repeated = TRITON_FOR_REPEATED_HEADS and q.shape[1] != k.shape[1] and not _varlen_groups_heads()
     ours = triton and (shared or repeated)
@@ -184,6 +184,11 @@ def _varlen_fits(q: Tensor, v: Tensor) -> bool:
     if q.shape[-1] != v.shape[-1] or q.shape[-1] > 256 or q.shape[-1] % 8:
         return False
     return torch.version.hip is None and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def _triton_fits(q: Tensor, v: Tensor) -> bool:
+    """Our kernel takes heads up to 256 wide, key and value alike, in single or half precision."""
+    return q.shape[-1] == v.shape[-1] <= 256 and q.dtype in (torch.float16, torch.bfloat16, torch.float32)
 
 
 @functools.cache

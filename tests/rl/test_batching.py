@@ -232,6 +232,37 @@ def test_first_fit_decreasing_fills_the_gaps() -> None:
     assert [sorted(b.cu_seqlens.diff().tolist()) for b in step] == [[4, 6], [5, 5], [3, 3, 4]]
 
 
+def test_where_prompts_are_shared_groups_stay_together_and_count_their_prompt_once() -> None:
+    """Groups of 3 + 2 + 4 + 1, 3 + 5 + 5 and 2 + 1 tokens: 10, 13 and 3, in micro-batches of 13: 13 and 10 + 3. Counted
+    in full they are 16, 16 and 3.
+    """
+    batch = [
+        group(rollout(2), rollout(4), rollout(1), prompt_ids=(90, 91, 92)),
+        group(rollout(5), rollout(5), prompt_ids=(90, 91, 93)),
+        group(rollout(1), prompt_ids=(90, 91)),
+    ]
+    [step] = plan(batch, parse("grpo"), replace(settings(13), share_prompts=True))
+    assert [b.cu_seqlens.diff().tolist() for b in step] == [[8, 8], [5, 7, 4, 3]]
+    assert [b.input_ids[b.cu_seqlens[:-1].long() + 2].tolist() for b in step] == [[93, 93], [92, 92, 92, 1]]
+    assert {(b.num_loss_tokens, b.num_sequences, b.num_micro_batches) for b in step} == {(18, 6, 2)}
+    [unshared] = plan(batch, parse("grpo"), settings(13))
+    assert len(unshared) == 3
+
+
+@pytest.mark.parametrize("budget", [10**6, 730, 320, 64, 1])
+def test_keeping_groups_together_does_not_change_the_gradient(budget: int) -> None:
+    policy = near(model(1))
+    algorithm, batch = parse("grpo"), groups()
+    assign_advantages(batch, algorithm, WEIGHTS, 300)
+    gradients = []
+    for share in (False, True):
+        [step] = plan(batch, algorithm, replace(settings(budget), share_prompts=share))
+        with torch.no_grad():
+            old = [Scores(*score(model(1), micro)) for micro in step]
+        gradients.append(step_gradient(policy, with_scores(step, old=old), algorithm))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-12)
+
+
 # --- advantages -------------------------------------------------------------------------------------------------------
 
 

@@ -20,12 +20,12 @@ OPTIONAL = ("rollout_logprobs", "old_logprobs", "ref_logprobs")
 COUNTS = ("num_loss_tokens", "num_sequences", "max_tokens", "temperature", "entropy_threshold")
 
 
-def step(budget: int, name: str = "grpo") -> list[TrainBatch]:
+def step(budget: int, name: str = "grpo", share: bool = False) -> list[TrainBatch]:
     """24 sequences with every optional column filled."""
     algorithm = algorithms.parse(name)
     made = groups()
     assign_advantages(made, algorithm, {"a": 1.0, "b": 1.0}, max_tokens=300)
-    [batches] = plan(made, algorithm, BatchSettings(budget, 1, 300, temperature=0.7))
+    [batches] = plan(made, algorithm, BatchSettings(budget, 1, 300, 0.7, share))
     generator = torch.Generator().manual_seed(3)
 
     def noise(batch: TrainBatch) -> Tensor:
@@ -120,6 +120,81 @@ def test_scores_come_back_in_the_order_of_the_batches(ranks: int) -> None:
         assert torch.equal(scores.entropy, batch.input_ids + batch.position_ids * 1000)
 
 
+# --- with shared prompts ----------------------------------------------------------------------------------------------
+
+
+def cost(batch: TrainBatch) -> int:
+    """Loss tokens, and those of every prompt once: in this step prompts are as long as their group's number plus 3."""
+    lengths = batch.cu_seqlens.diff().tolist()
+    heads = [
+        tuple(own[: int((~mask).sum())].tolist())
+        for own, mask in zip(batch.input_ids.split(lengths), batch.loss_mask.split(lengths), strict=True)
+    ]
+    assert heads == sorted(heads, key=heads.index), "the sequences of a prompt stand side by side"
+    return int(batch.loss_mask.sum()) + sum(map(len, set(heads)))
+
+
+@pytest.mark.parametrize("budget", [100_000, 700, 310, 64, 1])
+def test_packed_again_with_shared_prompts(budget: int) -> None:
+    batches = step(700, share=True)
+    again = repack(batches, budget, share_prompts=True)
+    assert rows(again) == rows(batches)
+    assert all(cost(b) <= budget or len(b.cu_seqlens) == 2 for b in again)
+    if budget == 100_000:  # every loss token, and prompts of 3, 4, 5, 6 and 7 tokens
+        assert [cost(b) for b in again] == [sum(LENGTHS) + 3 + 4 + 5 + 6 + 7]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 30])
+def test_dealt_with_shared_prompts(ranks: int) -> None:
+    batches = step(700, share=True)
+    dealt = deal(batches, ranks, 700, share_prompts=True)
+    assert rows([b for share in dealt.shares for b in share]) == rows(batches)
+    assert all(cost(b) <= 700 for share in dealt.shares for b in share)
+    loads = [sum(cost(b) for b in share) for share in dealt.shares]
+    assert max(loads) <= (sum(LENGTHS) + 25) / ranks + max(LENGTHS) + 7
+    scored = [[Scores(b.old_logprobs, b.input_ids + b.position_ids * 1000) for b in share] for share in dealt.shares]
+    for b, scores in zip(batches, dealt.collect(scored), strict=True):
+        assert torch.equal(scores.logprobs, b.old_logprobs)
+
+
+def grouped(groups_of: list[int], prompt: int, completion: int) -> list[TrainBatch]:
+    """One micro-batch of groups of completions of one length behind prompts of one length."""
+    batches = step(700)
+    count = sum(groups_of)
+    ids = [[number] * (prompt + completion) for number, size in enumerate(groups_of) for _ in range(size)]
+    flat, length = torch.tensor(ids).flatten(), prompt + completion
+    mask = (torch.arange(length) >= prompt).repeat(count)
+    columns = dict.fromkeys(OPTIONAL)
+    bounds = torch.arange(0, count * length + 1, length, dtype=torch.int32)
+    places = torch.arange(length).repeat(count)
+    return [
+        replace(
+            batches[0],
+            input_ids=flat,
+            position_ids=places,
+            cu_seqlens=bounds,
+            loss_mask=mask,
+            advantages=mask.float(),
+            **columns,
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("groups_of", "expected"),
+    [
+        ([8, 8, 8, 8], [[8, 8], [8, 8]]),  # whole groups: no prompt is paid for twice
+        ([8, 8], [[8], [8]]),
+        ([8, 8, 8], [[8, 5], [8, 3]]),  # 525 and 475 tokens; 600 and 300 if none were cut
+        ([8], [[4], [4]]),  # one group: both ranks pay for its prompt, rather than one of them waiting
+    ],
+)
+def test_groups_are_dealt_whole_where_that_is_balanced(groups_of: list[int], expected: list[list[int]]) -> None:
+    shares = deal(grouped(groups_of, 100, 25), 2, 10**6, share_prompts=True).shares
+    sizes = [[b.input_ids[b.cu_seqlens[:-1].long()].unique(return_counts=True)[1].tolist() for b in s] for s in shares]
+    assert [sorted(size, reverse=True) for [size] in sizes] == expected
+
+
 @pytest.mark.parametrize("name", ["grpo", "gspo", "dapo", "dr_grpo", "cispo", "luspo", "gmpo"])
 def test_the_gradient_is_the_same_however_a_step_is_packed(name: str) -> None:
     algorithm = algorithms.parse({"name": name, "kl_coef": 0.1, "entropy_coef": 0.01, "top_entropy": 0.5})
@@ -130,7 +205,8 @@ def test_the_gradient_is_the_same_however_a_step_is_packed(name: str) -> None:
     whole = step_gradient(weights, batches, algorithm)
     assert whole.norm() > 1e-6
     dealt = [[batch for share in deal(batches, ranks, 320).shares for batch in share] for ranks in (2, 30)]
-    cuts = [repack(batches, 320), repack(batches, 10**6), *dealt]
+    dealt += [[batch for share in deal(batches, 3, 320, share_prompts=True).shares for batch in share]]
+    cuts = [repack(batches, 320), repack(batches, 10**6), repack(batches, 100, share_prompts=True), *dealt]
     for cut in cuts:
         gradient = step_gradient(weights, cut, algorithm)
         assert (gradient - whole).norm() <= 1e-12 * whole.norm()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from posttrain.rl import algorithms
 from posttrain.rl.errors import ActorDied, EngineError, OutOfMemory
 from posttrain.rl.metrics import Max, Mean, Sum
+from posttrain.rl.repack import repack
 from posttrain.rl.service import groups as groups_module
 from posttrain.rl.service.groups import LearnerGroup, SamplerGroup, chunks
 from posttrain.rl.service.weight_sync import publish
@@ -215,6 +217,20 @@ async def test_gradients_are_dealt_by_tokens_within_the_largest_batch_and_metric
     smaller = [batch([10]), batch([2, 4]), batch([7, 3])]
     await LearnerGroup(members).forward_backward(smaller, algorithms.parse("grpo"))
     assert all(len(b.input_ids) <= 10 for member in members for b in member.batches[1])
+
+
+async def test_where_prompts_are_shared_groups_are_dealt_whole_within_the_largest_batchs_cost() -> None:
+    """Two prompts of 4 tokens, each with four completions of 2: 12 tokens a group, 48 counted in full."""
+    ids = torch.tensor([[prompt] * 4 + [9, 9] for prompt in (1, 2) for _ in range(4)])
+    given = replace(
+        batch([6] * 8), input_ids=ids.flatten(), loss_mask=(torch.arange(6) >= 4).repeat(8), num_loss_tokens=16
+    )
+    members = [Slice(), Slice()]
+    for batches in ([given], repack([given], 12, share_prompts=True)):
+        await LearnerGroup(members, share_prompts=True).forward_backward(batches, algorithms.parse("grpo"))
+    for first, second in (member.batches for member in members):
+        assert [b.input_ids[b.cu_seqlens[:-1].long()].unique().numel() for b in first] == [1]
+        assert [len(b.cu_seqlens) - 1 for b in first] == [len(b.cu_seqlens) - 1 for b in second] == [4]
 
 
 async def test_a_member_without_a_sequence_takes_part() -> None:
