@@ -9,6 +9,7 @@ import gc
 import hashlib
 import resource
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -116,13 +117,13 @@ class Trainer:
         Raises ``EngineError`` for a reference under full fine-tuning: the base weights are gone.
         """
         if not reference:
-            return [self._within(_tokens(batch), partial(self._score, batch)) for batch in batches]
+            return self._scores(batches)
         if self._peft is None:
             raise EngineError(
                 'full fine-tuning keeps no base model to refer to: use trainer.method = "lora" or kl_coef = 0'
             )
         with self._peft.disable_adapter():
-            return [self._within(_tokens(batch), partial(self._score, batch)) for batch in batches]
+            return self._scores(batches)
 
     def forward_backward(self, batches: Sequence[TrainBatch], algorithm: Algorithm) -> dict[str, Metric]:
         """Add the gradients of every micro-batch to what is there; never clears them. Returns the merged metrics.
@@ -266,8 +267,9 @@ class Trainer:
         raise OutOfMemory(f"the GPU's memory does not suffice for {what}: {reason}")
 
     def _backward(self, batch: TrainBatch, algorithm: Algorithm) -> Mapping[str, Metric]:
+        given = self._on_device(batch)  # first: a copy from the host waits for everything that the GPU was told before
         logprobs, entropy = self._logprobs(batch, entropy_gradient=algorithm.needs_entropy_gradient)
-        inputs = self._loss_inputs(batch, logprobs, entropy)
+        inputs = _loss_inputs(given, logprobs, entropy)
         output = algorithm.loss(inputs)
         if output.loss.requires_grad:  # a loss without any token may be a plain 0
             (output.loss * self._loss_scale).backward()
@@ -280,14 +282,16 @@ class Trainer:
         return self._optimizer.step(params)
 
     @torch.no_grad()
-    def _score(self, batch: TrainBatch) -> Scores:
-        logprobs, entropy = self._logprobs(batch, entropy_gradient=False)
-        return Scores(logprobs.cpu(), entropy.cpu())
+    def _scores(self, batches: Sequence[TrainBatch]) -> list[Scores]:
+        work = [partial(self._logprobs, batch, entropy_gradient=False) for batch in batches]
+        found = [self._within(_tokens(batch), score) for batch, score in zip(batches, work)]
+        return [Scores(logprobs.cpu(), entropy.cpu()) for logprobs, entropy in found]  # the GPU has all its work by now
 
     def _logprobs(self, batch: TrainBatch, entropy_gradient: bool) -> tuple[Tensor, Tensor]:
         """Logprobs and entropies [T], 0 outside the loss; only tokens in the loss reach the head."""
         assert not batch.loss_mask[batch.cu_seqlens[:-1].long()].any(), "a first token has no logprob"
         positions = batch.loss_mask.nonzero().squeeze(1)
+        places = positions.to(self.device)
         logprobs, entropy = self._model.logprobs(
             batch.input_ids,
             batch.position_ids,
@@ -296,30 +300,35 @@ class Trainer:
             temperature=batch.temperature,
             entropy_gradient=entropy_gradient,
         )
-        positions = positions.to(self.device)
         zeros = logprobs.new_zeros(batch.loss_mask.shape)
-        return zeros.index_copy(0, positions, logprobs), zeros.index_copy(0, positions, entropy)
+        return zeros.index_copy(0, places, logprobs), zeros.index_copy(0, places, entropy)
 
-    def _loss_inputs(self, batch: TrainBatch, logprobs: Tensor, entropy: Tensor) -> LossInputs:
-        def like(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(self.device, logprobs.dtype)
+    def _on_device(self, batch: TrainBatch) -> TrainBatch:
+        """What a loss asks for, beside the trainer's own logprobs."""
+        names = ("advantages", "loss_mask", "cu_seqlens", "old_logprobs", "ref_logprobs", "rollout_logprobs")
+        tensors = {name: getattr(batch, name) for name in names}
+        return replace(batch, **{name: t.to(self.device) for name, t in tensors.items() if t is not None})
 
-        old_logprobs = like(batch.old_logprobs)
-        return LossInputs(
-            logprobs=logprobs,
-            old_logprobs=logprobs.detach() if old_logprobs is None else old_logprobs,
-            advantages=batch.advantages.to(self.device, logprobs.dtype),
-            loss_mask=batch.loss_mask.to(self.device),
-            cu_seqlens=batch.cu_seqlens.to(self.device),
-            num_loss_tokens=batch.num_loss_tokens,
-            num_sequences=batch.num_sequences,
-            num_micro_batches=batch.num_micro_batches,
-            max_tokens=batch.max_tokens,
-            ref_logprobs=like(batch.ref_logprobs),
-            rollout_logprobs=like(batch.rollout_logprobs),
-            entropy=entropy,
-            entropy_threshold=batch.entropy_threshold,
-        )
+
+def _loss_inputs(batch: TrainBatch, logprobs: Tensor, entropy: Tensor) -> LossInputs:
+    def like(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(logprobs.dtype)
+
+    return LossInputs(
+        logprobs=logprobs,
+        old_logprobs=logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs.to(logprobs.dtype),
+        advantages=batch.advantages.to(logprobs.dtype),
+        loss_mask=batch.loss_mask,
+        cu_seqlens=batch.cu_seqlens,
+        num_loss_tokens=batch.num_loss_tokens,
+        num_sequences=batch.num_sequences,
+        num_micro_batches=batch.num_micro_batches,
+        max_tokens=batch.max_tokens,
+        ref_logprobs=like(batch.ref_logprobs),
+        rollout_logprobs=like(batch.rollout_logprobs),
+        entropy=entropy,
+        entropy_threshold=batch.entropy_threshold,
+    )
 
 
 def _tokens(batch: TrainBatch) -> str:
