@@ -5,13 +5,11 @@ Shape letters: M rows of x, N outputs, K inputs; S parts that K is cut into.
 A decoding step is bound by the bytes of the weight, so each is read once, as fp8, and widened in registers. The weight
 is the *left* operand of the tensor cores, ``y ᵀ = W xᵀ``: on Hopper the left one may come from registers, and its side
 is 64 at least, while the other side, the few rows of x, may be as small as 16. Where the tiles of y are too few to
-occupy the GPU, K is cut into S parts; the program that finishes last adds them up in a fixed order, so that results are
-the same bits every time.
+occupy the GPU, K is cut into S parts (see ``split_k``).
 """
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -20,15 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from posttrain.kernels.reference import FP8_BLOCK, fp8_weight
+from posttrain.kernels.fp8 import dequantize_fp8, native_e4m3, scale_kind, scale_strides, widened
+from posttrain.kernels.split_k import cut, parts_to_fill, store_part, sum_of_parts
 
 KERNEL_ROWS = 256
 """More rows than that go through a dequantized weight and torch's product. Reading the weight once as fp8 pays while
 its bytes are what takes the time: up to about 200 rows on an H200 (990 TFLOP/s ÷ 4.8 TB/s ÷ 1 multiply-add a byte)."""
-LOCKS = 1024
-"""int32 zeros that one call needs at most. They are zeros again when it is done."""
-
-_TENSOR, _ROW, _SQUARE = 0, 1, 2
 
 
 class _Tiles(NamedTuple):
@@ -71,7 +66,7 @@ def fp8_linear(
         "x [M, K], weight float8_e4m3fn [N, K]"
     )
     if x.shape[0] > KERNEL_ROWS:
-        return F.linear(x, fp8_weight(weight, scale, x.dtype), bias)
+        return F.linear(x, dequantize_fp8(weight, scale, x.dtype), bias)
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[0])
     return _launch(x, weight, scale, bias, locks)
@@ -82,18 +77,12 @@ def _launch(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, locks
     kind = scale_kind(scale, outputs, inputs)
     tiles = next(tiles for tiles in TILES if rows <= tiles.rows)
     block_k = tiles.block_k * 2 // x.element_size()  # float32 takes the room of two
-    processors, native = _gpu(x.device)
+    native = native_e4m3(x.device)
     tiles_m, tiles_n = -(-rows // tiles.block_m), -(-outputs // tiles.block_n)
     steps = -(-inputs // block_k)
-    parts = max(1, min(tiles.programs * processors // (tiles_m * tiles_n), steps // _LEAST_STEPS, _MOST_PARTS))
+    most = min(parts_to_fill(x.device, tiles_m * tiles_n, tiles.programs), steps // _LEAST_STEPS, _MOST_PARTS)
     y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    sums = y
-    if parts > 1:
-        size = parts * tiles_m * tiles_n * tiles.block_m * tiles.block_n
-        sums = torch.empty(size, dtype=torch.float32, device=x.device)
-        assert tiles_m * tiles_n <= LOCKS, "a tile has no lock"
-    if locks is None:
-        locks = torch.zeros(LOCKS if parts > 1 else 1, dtype=torch.int32, device=x.device)
+    parts, sums, locks = cut(y, tiles_m * tiles_n, tiles.block_m * tiles.block_n, most, locks)
     stride_sn, stride_sk = scale_strides(scale, kind)
     _fp8_linear_kernel[(tiles_m * tiles_n, parts)](
         x,
@@ -124,45 +113,6 @@ def _launch(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, locks
         num_stages=tiles.stages,
     )
     return y
-
-
-def scale_kind(scale: Tensor, outputs: int, inputs: int) -> int:
-    """How ``scale`` belongs to a weight [outputs, inputs]."""
-    if scale.numel() == 1:
-        return _TENSOR
-    if tuple(scale.shape) in {(outputs,), (outputs, 1)}:
-        return _ROW
-    assert tuple(scale.shape) == (-(-outputs // FP8_BLOCK), -(-inputs // FP8_BLOCK)), f"scale {tuple(scale.shape)}"
-    return _SQUARE
-
-
-def scale_strides(scale: Tensor, kind: int) -> tuple[int, int]:
-    """Steps from one output, or square of outputs, and from one square of inputs to the next."""
-    if kind == _TENSOR:
-        return 0, 0
-    return scale.stride(0), scale.stride(1) if kind == _SQUARE else 0
-
-
-@functools.cache
-def _gpu(device: torch.device) -> tuple[int, bool]:
-    """Multiprocessors, and whether the compiler converts e4m3 there: from compute capability 8.9 on."""
-    if device.type == "cpu":  # Triton's interpreter
-        return 4, False
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, (properties.major, properties.minor) >= (8, 9)
-
-
-@triton.jit
-def _widened(bits: tl.tensor, NATIVE: tl.constexpr, dtype: tl.constexpr) -> tl.tensor:
-    """e4m3 to a wider type, exactly. Without hardware for it: the bits of a float16, 2⁸ too small, subnormals too."""
-    if NATIVE:
-        # To bfloat16 by float32: straight from float16 is one conversion more, at an eighth of the rate.
-        return bits.to(tl.float16).to(tl.float32).to(dtype)
-    else:
-        wide = bits.to(tl.uint16)
-        magnitude = wide & 0x7F
-        value = (((wide & 0x80) << 8) | (magnitude << 7)).to(tl.float16, bitcast=True) * 256.0
-        return tl.where(magnitude == 0x7F, float("nan"), value.to(tl.float32)).to(dtype)
 
 
 @triton.jit(do_not_specialize=["M", "parts"])
@@ -218,8 +168,8 @@ def _fp8_linear_kernel(
         else:
             x = tl.load(x_ptrs, mask=mask_m[None, :] & (at_k < K)[:, None], other=0.0)
             bits = tl.load(w_ptrs, mask=(at_k < K)[None, :], other=0.0)
-        w = _widened(bits, NATIVE, x.dtype)
-        if SCALES == 2:
+        w = widened(bits, NATIVE, x.dtype)
+        if SCALES == 2:  # one a square
             square = tl.load(scale_ptr + (safe_n // 128) * stride_sn + (step * BLOCK_K // 128) * stride_sk)
             acc += tl.dot(w, x, input_precision="ieee") * square[:, None]
         else:
@@ -227,21 +177,13 @@ def _fp8_linear_kernel(
 
     last = True
     if CUT_K:
-        in_tile = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-        own = sums_ptr + (tile.to(tl.int64) * parts) * (BLOCK_N * BLOCK_M) + in_tile
-        tl.store(own + part * (BLOCK_N * BLOCK_M), acc)
-        tl.debug_barrier()  # every thread has stored before one of them says so
-        last = tl.atomic_add(locks_ptr + tile, 1, sem="acq_rel", scope="gpu") == parts - 1
+        last = store_part(acc, sums_ptr, locks_ptr, tile, part, parts)
     if last:
         if CUT_K:
-            tl.debug_barrier()
-            acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-            for index in range(parts):
-                acc += tl.load(own + index * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
-            tl.store(locks_ptr + tile, 0)
-        if SCALES == 0:
+            acc = sum_of_parts(acc, sums_ptr, locks_ptr, tile, parts)
+        if SCALES == 0:  # one
             acc *= tl.load(scale_ptr)
-        if SCALES == 1:
+        if SCALES == 1:  # one a row
             acc *= tl.load(scale_ptr + safe_n * stride_sn)[:, None]
         if HAS_BIAS:
             acc += tl.load(bias_ptr + safe_n * stride_b).to(tl.float32)[:, None]

@@ -67,7 +67,7 @@ def dequantize_nf4(
     nested: NestedAbsmax | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """[O, I] = ``shape``, into ``out`` where it is given (contiguous); bit for bit what bitsandbytes' CUDA kernel gives.
+    """[O, I] = ``shape``, into ``out`` where it is given (contiguous); bit for bit as bitsandbytes' CUDA kernel.
 
     ``packed`` uint8 of ⌈OI/2⌉ elements; ``absmax`` [N] float32, or uint8 with ``nested``; ``block_size`` a power of 2.
     """

@@ -122,7 +122,7 @@ def use_weight_only(model: nn.Module, like: Tensor) -> None:
 def _locks(weight: Tensor) -> Tensor:
     if not weight.is_cuda:
         return torch.zeros(0, dtype=torch.int32)
-    from posttrain.kernels.fp8_linear import LOCKS
+    from posttrain.kernels.split_k import LOCKS
 
     return torch.zeros(LOCKS, dtype=torch.int32, device=weight.device)
 

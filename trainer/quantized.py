@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from posttrain.kernels.reference import FP8_BLOCK, fp8_weight
+from posttrain.kernels.reference import FP8_BLOCK, dequantize_fp8
 from posttrain.rl.errors import EngineError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 NF4_BLOCK = 64
 """Weights under one absmax: bitsandbytes' and vLLM's default."""
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
-_NF4_OUTPUT_TYPES = (torch.bfloat16, torch.float16, torch.float32)
+_OUTPUT_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class QuantizedLinear(nn.Linear, ABC):
@@ -29,7 +29,12 @@ class QuantizedLinear(nn.Linear, ABC):
 
     ``weight`` is uint8 in every scheme: its bits. So nothing that looks at a layer's type, as peft does to choose the
     adapter's, takes the storage type for the type of the computation; that one is ``compute_dtype``.
+    Dequantizing and a dense product, not a product of the packed weight: with the thousands of rows of a training step
+    the tensor cores are what takes the time.
     """
+
+    kernels: Literal["triton", "reference"] = "reference"
+    """What dequantizes: one pass of ours, or bitsandbytes and torch. The bits are the same."""
 
     def __init__(self, weight: Tensor, shape: tuple[int, ...], compute_dtype: torch.dtype) -> None:
         """Hold ``weight`` itself, not a copy."""
@@ -70,8 +75,12 @@ class Nf4Linear(QuantizedLinear):
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """See ``QuantizedLinear``."""
-        output = dtype if dtype in _NF4_OUTPUT_TYPES else torch.float32
+        output = dtype if dtype in _OUTPUT_TYPES else torch.float32
         shape = (self.out_features, self.in_features)
+        if self.kernels == "triton":
+            from posttrain.kernels.nf4 import dequantize_nf4
+
+            return dequantize_nf4(self.weight.data, self.absmax, shape, output, block_size=self.block_size).to(dtype)
         weight = torch.ops.bitsandbytes.dequantize_4bit(
             self.weight.data, self.absmax, self.block_size, "nf4", shape, output
         )
@@ -128,7 +137,12 @@ class Fp8Linear(QuantizedLinear):
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """See ``QuantizedLinear``."""
-        return fp8_weight(self.weight.data.view(torch.float8_e4m3fn), self.scale, dtype)
+        weight = self.weight.data.view(torch.float8_e4m3fn)
+        if self.kernels == "triton":
+            from posttrain.kernels import fp8
+
+            return fp8.dequantize_fp8(weight, self.scale, dtype if dtype in _OUTPUT_TYPES else torch.float32).to(dtype)
+        return dequantize_fp8(weight, self.scale, dtype)
 
 
 def round_to_fp8(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
@@ -167,7 +181,7 @@ def quantized(weight: Tensor, scheme: Literal["nf4", "fp8"]) -> QuantizedLinear:
     _require_bitsandbytes()
     from bitsandbytes.functional import quantize_4bit
 
-    source = weight if weight.dtype in _NF4_OUTPUT_TYPES else weight.float()
+    source = weight if weight.dtype in _OUTPUT_TYPES else weight.float()
     bits, state = quantize_4bit(source.contiguous(), blocksize=NF4_BLOCK, quant_type="nf4")
     tensors = {"weight": bits, "absmax": state.absmax, "code": nf4_code(weight.device)}
     return Nf4Linear(tensors, shape, NF4_BLOCK, weight.dtype)
@@ -195,6 +209,13 @@ def quantize_linears(model: PreTrainedModel, scheme: Literal["nf4", "fp8"], devi
                 layer.bias = nn.Parameter(module.bias.to(device), requires_grad=False)
             model.set_submodule(name, layer)
     model.to(device)
+
+
+def use_kernels(model: nn.Module, kernels: Literal["triton", "reference"]) -> None:
+    """Have every quantized layer of ``model`` dequantize that way from now on."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.kernels = kernels
 
 
 def _require_bitsandbytes() -> None:

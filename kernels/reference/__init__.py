@@ -6,8 +6,8 @@ No Triton in here. One file for each kernel file beside this folder.
 from posttrain.kernels.reference.attention import Segments as Segments
 from posttrain.kernels.reference.attention import attention as attention
 from posttrain.kernels.reference.fp8 import FP8_BLOCK as FP8_BLOCK
+from posttrain.kernels.reference.fp8 import dequantize_fp8 as dequantize_fp8
 from posttrain.kernels.reference.fp8 import fp8_linear as fp8_linear
-from posttrain.kernels.reference.fp8 import fp8_weight as fp8_weight
 from posttrain.kernels.reference.glu import Activation as Activation
 from posttrain.kernels.reference.glu import glu as glu
 from posttrain.kernels.reference.glu import glu_backward_ as glu_backward_

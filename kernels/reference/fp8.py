@@ -15,13 +15,13 @@ FP8_BLOCK = 128
 
 
 def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x (weight · scale)ᵀ + bias`` [M, N] in x's type, rounded once; shapes as in ``fp8_weight``, ``x`` [M, K]."""
+    """``x (weight · scale)ᵀ + bias`` [M, N] in x's type, rounded once; ``x`` [M, K], the rest as below."""
     dtype = accumulation_dtype(x.dtype)
-    y = x.to(dtype) @ fp8_weight(weight, scale, dtype).T
+    y = x.to(dtype) @ dequantize_fp8(weight, scale, dtype).T
     return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
 
 
-def fp8_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantize_fp8(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``weight`` float8_e4m3fn [N, K] times ``scale`` float32, one, one a row [N] or [N, 1], or one for each square of
     ``FP8_BLOCK``² weights. Every element is rounded once: e4m3 is exact in any wider type, and a scale that is not a
     bare number keeps its float32 in the product.

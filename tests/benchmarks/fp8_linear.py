@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from posttrain.kernels.fp8_linear import LOCKS, fp8_linear
-from posttrain.kernels.reference import fp8_weight
+from posttrain.kernels.fp8_linear import fp8_linear
+from posttrain.kernels.reference import dequantize_fp8
+from posttrain.kernels.split_k import LOCKS
 from posttrain.trainer.quantized import FP8_MAX, round_to_fp8
 
 SHAPES = {"qkv": (6144, 2560), "o": (2560, 4096), "gate_up": (19456, 2560), "down": (2560, 9728)}
@@ -54,14 +55,14 @@ def measure(name: str, rows: int) -> None:
     check(x, weight, scale, locks)
 
     copies = [weight.clone() for _ in range(-(-ROTATED // weight.nbytes))]
-    wide = [fp8_weight(weight, scale, torch.bfloat16) for _ in range(-(-ROTATED // (2 * weight.nbytes)))]
+    wide = [dequantize_fp8(weight, scale, torch.bfloat16) for _ in range(-(-ROTATED // (2 * weight.nbytes)))]
     bits, token_scale = round_to_fp8(x, inputs)
     bits, token_scale = bits.view(rows, inputs), token_scale.view(rows, 1)
     row_scale = scale.expand(1, outputs).contiguous()
 
     ours = time_of(lambda w: fp8_linear(x, w, scale, None, locks), copies)
     theirs = {
-        "dequantize": time_of(lambda w: F.linear(x, fp8_weight(w, scale, torch.bfloat16)), copies),
+        "dequantize": time_of(lambda w: F.linear(x, dequantize_fp8(w, scale, torch.bfloat16)), copies),
         "bf16": time_of(lambda w: F.linear(x, w), wide),
         # the product alone: rounding x to fp8 comes on top
         "W8A8": time_of(
@@ -74,7 +75,7 @@ def measure(name: str, rows: int) -> None:
 
 def check(x: Tensor, weight: Tensor, scale: Tensor, locks: Tensor) -> None:
     """At most twice torch's own error; the same bits every time; the locks as they were."""
-    wide = fp8_weight(weight, scale, torch.bfloat16)
+    wide = dequantize_fp8(weight, scale, torch.bfloat16)
     exact = x.double() @ (weight.double() * scale.double()).T
     theirs = (F.linear(x, wide).double() - exact).abs().max().item()
     first = fp8_linear(x, weight, scale, None, locks)

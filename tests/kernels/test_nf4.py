@@ -72,11 +72,16 @@ def nested_absmax(count, seed=5):
     return bits.to(DEVICE), nested, plain.to(DEVICE)
 
 
+not_interpreted = pytest.mark.skipif(INTERPRETED, reason="launches nothing")
+
+
+@not_interpreted
 def test_the_codes_are_those_of_bitsandbytes():
     functional = pytest.importorskip("bitsandbytes.functional")
     assert torch.equal(torch.tensor(reference.NF4_CODE), functional.get_4bit_type("nf4", device="cpu"))
 
 
+@not_interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", MATRICES, ids=str)
 def test_the_reference_is_bitsandbytes(shape, dtype):
@@ -87,6 +92,7 @@ def test_the_reference_is_bitsandbytes(shape, dtype):
     assert torch.equal(found, by_hand(packed, absmax, shape).float().to(dtype))
 
 
+@not_interpreted
 def test_the_reference_of_double_quantization_is_bitsandbytes():
     functional = pytest.importorskip("bitsandbytes.functional")
     weight = draw(130, 320, seed=3).to(DEVICE)
@@ -203,8 +209,8 @@ def test_many_rows_and_rows_that_cut_a_block_are_dequantized(rows, inputs, monke
     assert nf4.nf4_linear(x[:0], packed, absmax, (9, inputs), bias=bias).shape == (0, 9)
 
 
-def compiled_product(capability, tiles, element, stages=None, **changes):
-    pointers = {name: element for name in ("x_ptr", "bias_ptr", "y_ptr")}
+def compiled_product(capability, tiles, element, **changes):
+    pointers = dict.fromkeys(("x_ptr", "bias_ptr", "y_ptr"), element)
     pointers |= {"w_ptr": "u8", "absmax_ptr": "fp32", "code_ptr": "fp32", "sums_ptr": "fp32", "locks_ptr": "i32"}
     constants = {"HAS_BIAS": False, "SHUFFLE": True, "EVEN_K": True, "CUT_K": True, "BLOCK_SIZE": 64, "stride_xk": 1}
     constants |= {f"BLOCK_{side.upper()}": getattr(tiles, f"block_{side}") for side in "mnk"}
@@ -219,7 +225,7 @@ def compiled_product(capability, tiles, element, stages=None, **changes):
     )
 
 
-@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@not_interpreted
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("tiles", nf4.TILES, ids=lambda tiles: str(tiles.rows))
 def test_the_product_compiles_and_unpacks_into_the_tensor_cores_operand(capability, tiles):
@@ -230,7 +236,7 @@ def test_the_product_compiles_and_unpacks_into_the_tensor_cores_operand(capabili
     assert not re.search(rf"local_alloc.*{unpacked}", found.asm["ttgir"]), "weights pass through shared memory"
 
 
-@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@not_interpreted
 @pytest.mark.parametrize("element", ["fp16", "bf16", "fp32"])
 @pytest.mark.parametrize("block_size", [32, 256])
 def test_every_variant_of_the_product_compiles(element, block_size):
@@ -240,7 +246,7 @@ def test_every_variant_of_the_product_compiles(element, block_size):
     )
 
 
-@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@not_interpreted
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("nested", [0, 256])
 @pytest.mark.parametrize("even", [False, True])

@@ -20,6 +20,7 @@ from posttrain.trainer.quantized import (
     nf4_code,
     quantized,
     round_to_fp8,
+    use_kernels,
 )
 from posttrain.trainer.trainer import Trainer
 
@@ -162,6 +163,30 @@ def test_forward_and_input_gradient_equal_dequantize_then_multiply(dtype, scheme
     assert y.dtype == x.grad.dtype == dtype
     torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
     torch.testing.assert_close(x.grad.double(), exact.grad, rtol=tolerance, atol=tolerance * exact.grad.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("scheme", ["nf4", "fp8"])
+def test_the_input_gradient_is_gradient_times_weight(dtype, scheme):
+    layer = quantized(random(40, 64, dtype=dtype), scheme)
+    layer.bias = nn.Parameter(random(40, seed=3, dtype=dtype), requires_grad=False)
+    weight = (nf4_by_hand(layer) if scheme == "nf4" else fp8_by_hand(layer)).float().double()
+    gradient = random(3, 5, 40, seed=4, dtype=dtype)
+    found = layer.input_gradient(gradient)
+    assert found.shape == (3, 5, 64) and found.dtype == dtype
+    torch.testing.assert_close(found.double(), gradient.double() @ weight, rtol=1e-5, atol=1e-5)
+
+
+def test_one_call_chooses_what_dequantizes_in_every_layer():
+    model = nn.Sequential(
+        quantized(random(8, 64), "nf4"), nn.Linear(8, 8), nn.Sequential(quantized(random(8, 8), "fp8"))
+    )
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    assert [layer.kernels for layer in layers] == ["reference", "reference"]
+    use_kernels(model, "triton")
+    assert [layer.kernels for layer in layers] == ["triton", "triton"] and not hasattr(model[1], "kernels")
+    use_kernels(model, "reference")
+    assert [layer.kernels for layer in layers] == ["reference", "reference"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -332,6 +357,22 @@ def test_a_gpu_dequantizes_to_the_same_numbers(kind, dtype):
             assert torch.allclose(found, expected, rtol=torch.finfo(dtype).eps, atol=0), shape
         else:
             assert torch.equal(found, expected), shape
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["nf4", "one", "bare", "row", "block", "transposed"])
+def test_triton_gives_the_same_bits_as_the_reference(kind, dtype):
+    for shape in [(9, 41), (130, 300), (256, 128)]:
+        if kind == "nf4":
+            layer = quantized(random(*shape, dtype=dtype), "nf4")
+        else:
+            layer = fp8_layer(shape, "row" if kind == "transposed" else kind, dtype, kind == "transposed")
+        layer = layer.to("cuda")
+        expected = layer.dequantized(torch.float32 if dtype == torch.float64 else dtype)
+        use_kernels(layer, "triton")
+        assert torch.equal(layer.dequantized(dtype), expected.to(dtype)), shape
 
 
 @pytest.mark.gpu
