@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain, pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -16,12 +18,12 @@ def batch(ids: list[list[int]], first_loss: list[int | None]) -> TrainBatch:
     mask = [
         [first is not None and i >= first for i in range(len(own))] for own, first in zip(ids, first_loss, strict=True)
     ]
-    flat = torch.tensor(sum(ids, []))
+    flat = torch.tensor([*chain.from_iterable(ids)])
     return TrainBatch(
         input_ids=flat,
         position_ids=torch.cat([torch.arange(len(own)) for own in ids]),
         cu_seqlens=torch.tensor([0, *map(len, ids)]).cumsum(0).int(),
-        loss_mask=torch.tensor(sum(mask, [])),
+        loss_mask=torch.tensor([*chain.from_iterable(mask)]),
         advantages=torch.zeros(len(flat)),
         num_loss_tokens=1,
         num_sequences=1,
@@ -95,6 +97,6 @@ def test_everything_is_there_once_and_within_the_budget(made: list, budget: int,
         prompt_tokens = sum(1 + 5 * kind for kind in (set(kinds) if share else kinds))
         assert prompt_tokens + sum(made[index][1] for index in members) <= budget or len(members) == 1
         if share:  # the completions of a prompt stand side by side
-            assert len([1 for one, two in zip(kinds, kinds[1:]) if one != two]) == len(set(kinds)) - 1
-    if share and budget >= sum(1 + 5 * kind for kind in set(k for k, _ in made)) + sum(added for _, added in made):
+            assert len([1 for one, two in pairwise(kinds) if one != two]) == len(set(kinds)) - 1
+    if share and budget >= sum(1 + 5 * kind for kind in {k for k, _ in made}) + sum(added for _, added in made):
         assert len(bins) == 1

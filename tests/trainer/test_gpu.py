@@ -18,7 +18,7 @@ from posttrain.trainer.attention import Packing, packed_attention
 from posttrain.trainer.trainer import Trainer
 
 from .test_attention import dense
-from .tiny import gradients, packed, save_tiny, sequences, step_params, wake_adapter
+from .tiny import VOCABULARY, gradients, packed, save_tiny, sequences, step_params, wake_adapter
 
 pytestmark = [
     pytest.mark.gpu,
@@ -73,8 +73,9 @@ def test_packed_equals_one_by_one_in_bfloat16(tmp_path, caplog, family):
         wake_adapter(trainer)
         made = sequences(LENGTHS)
         whole = trainer.score([packed(made)])[0]
-    expected = "explicit scores" if family == "gemma2" else "varlen_attn"
-    assert expected in caplog.text and "one at a time:" not in caplog.text
+    expected = "varlen_attn" if family != "gemma2" and attention._varlen_groups_heads() else "Triton"
+    assert f"packed attention: {expected}" in caplog.text.replace("torch varlen", "varlen")
+    assert "one segment at a time" not in caplog.text
     parts = trainer.score([packed([member]) for member in made])
     logprobs = torch.cat([part.logprobs for part in parts])
     assert (whole.logprobs - logprobs).abs().max() < 0.1
@@ -84,8 +85,48 @@ def test_packed_equals_one_by_one_in_bfloat16(tmp_path, caplog, family):
     assert (whole.logprobs - exact.score([packed(made)])[0].logprobs).abs().mean() < 5e-2
 
 
-def trainer_of_cpu(folder):
-    return Trainer(folder, ModelConfig(name=str(folder), dtype="float32"), TrainerConfig(device="cpu"), seed=0)
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "gemma2"])
+@pytest.mark.parametrize("way", ["Triton", "varlen_attn", "float16", "float32"])
+def test_shared_prompts_on_the_gpu(tmp_path, caplog, monkeypatch, family, way):
+    """Three groups of four through our kernel, and through flash attention with copied keys, against float32 on the
+    CPU where nothing is shared.
+    """
+    softcapped = family == "gemma2"
+    monkeypatch.setattr(attention, "TRITON_FOR_SHARED_PROMPTS", way != "varlen_attn")
+    monkeypatch.setattr(attention, "TRITON_FOR_REPEATED_HEADS", False)
+    dtype = way if way in ("float16", "float32") else "bfloat16"
+    folder = save_tiny(tmp_path, family, initializer_range=0.1, **SIZES, sliding_window=20)
+    made = []
+    for group, length in enumerate((70, 3, 33)):
+        prompt = (torch.arange(length) * 7 + group) % VOCABULARY
+        for ids, _, advantage in sequences([60, 9, 64, 25], seed=group):
+            mask = torch.arange(length + len(ids)) >= length
+            made.append((torch.cat([prompt, ids]), mask, advantage))
+    with caplog.at_level(logging.INFO, logger="posttrain"):
+        attention._logged.clear()
+        trainer = trainer_on_gpu(folder, dtype)
+    exact = Trainer(
+        folder, ModelConfig(name=str(folder), dtype="float32"), TrainerConfig(device="cpu", share_prompts=False)
+    )
+    taken = "varlen_attn" if way == "varlen_attn" and not softcapped else "Triton"
+    assert any(taken in record.message and "shared prompts" in record.message for record in caplog.records)
+    found = []
+    for one in (trainer, exact):
+        wake_adapter(one)
+        logprobs = one.score([packed(made)])[0].logprobs
+        one.forward_backward([packed(made)], algorithms.parse("grpo"))
+        scale = one._loss_scale
+        found.append((logprobs, torch.cat([(g / scale).double().cpu().flatten() for g in gradients(one).values()])))
+    (ours, gradient), (theirs, expected) = found
+    mask = packed(made).loss_mask
+    assert (ours - theirs)[mask].abs().mean() < (2e-3 if dtype == "float32" else 5e-2)
+    assert torch.cosine_similarity(gradient, expected, dim=0) > (0.9999 if dtype == "float32" else 0.99)
+    assert 0.95 < gradient.norm() / expected.norm() < 1.05
+
+
+def trainer_of_cpu(folder, **settings):
+    config = TrainerConfig(device="cpu", **settings)
+    return Trainer(folder, ModelConfig(name=str(folder), dtype="float32"), config, seed=0)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -233,7 +234,7 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(tmp_path):
     sharing, _ = pair(tmp_path, "qwen3")
     made, found = members(UNEVEN), []
     for cuts in ([0, 11], [0, 2, 7, 11], [0, 1, 3, 4, 5, 6, 11]):
-        for low, high in zip(cuts, cuts[1:]):
+        for low, high in pairwise(cuts):
             sharing.forward_backward([packed(made[low:high], made, len(cuts) - 1)], algorithms.parse("grpo"))
         found.append(gradients(sharing))
     for other in found[1:]:
