@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from posttrain.kernels.benchmark import elementwise, products
+from posttrain.kernels.benchmark import elementwise, products, quantized
 from posttrain.kernels.benchmark.case import SIZES, Case, Sizes
 from posttrain.kernels.benchmark.measure import Bench, Ceiling, Row, measure_ceiling
 
@@ -35,8 +35,8 @@ OPS: dict[str, Callable[[Sizes], Iterator[Case]]] = {
     "glu": elementwise.glus,
     "token_logprobs": products.token_logprobs,
     "lora": products.loras,
-    "nf4": products.nf4s,
-    "fp8": products.fp8s,
+    "nf4": quantized.nf4s,
+    "fp8": quantized.fp8s,
     "attention": products.attentions,
 }
 OTHERS = ("torch", "compile", "two products", "cublas", "liger", "bitsandbytes", "varlen_attn", "unsloth")

@@ -1,7 +1,6 @@
-"""The compute-bound kernels: log-probabilities, adapted and quantized linear layers, attention.
+"""The compute-bound kernels: log-probabilities, adapted linear layers, attention.
 
-Shape letters: T packed tokens, V vocabulary, H hidden, N heads, K kv heads, D head dim, R rank, M rows, O outputs,
-I inputs.
+Shape letters: T packed tokens, V vocabulary, H hidden, N heads, K kv heads, D head dim, R rank.
 """
 
 from __future__ import annotations
@@ -11,13 +10,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from posttrain.kernels import reference
 from posttrain.kernels.benchmark.case import Case, Function, Sizes, drawn, imported
-
-NF4_BLOCK = 64
 
 
 def token_logprobs(sizes: Sizes) -> Iterator[Case]:
@@ -131,139 +127,6 @@ def _lora(sizes: Sizes, op: str, shapes: tuple[tuple[int, int], ...]) -> Case:
     )
 
 
-def nf4s(sizes: Sizes) -> Iterator[Case]:
-    """Dequantizing, and the product with few rows, in bitsandbytes' layout."""
-    for layer in sizes.layers:
-        yield from _nf4(sizes, *layer)
-
-
-def _nf4(sizes: Sizes, name: str, outputs: int, inputs: int) -> Iterator[Case]:
-    code = nf4_code(sizes.device)
-    shape = (outputs, inputs)
-
-    def weights() -> list[Tensor]:
-        packed = torch.randint(256, (outputs * inputs // 2, 1), dtype=torch.uint8, device=sizes.device)
-        absmax = (torch.rand(outputs * inputs // NF4_BLOCK, device=sizes.device) + 0.5) * inputs**-0.5
-        return [packed, absmax]
-
-    def wide(packed: Tensor, absmax: Tensor, like: Tensor) -> Tensor:
-        codes = torch.stack((packed.view(-1) >> 4, packed.view(-1) & 15), dim=1).view(-1)
-        blocks = code[codes.long()].view(-1, NF4_BLOCK) * absmax.unsqueeze(1)
-        return blocks.view(shape).to(like.dtype)
-
-    def state(absmax: Tensor) -> Any:
-        kind = imported("bitsandbytes.functional:QuantState")
-        return kind(absmax, torch.Size(shape), code, NF4_BLOCK, "nf4", sizes.dtype)
-
-    def ours() -> Function:
-        function = imported("posttrain.kernels.nf4:dequantize_nf4")
-        return lambda packed, absmax, like: function(packed, absmax, shape, like.dtype, block_size=NF4_BLOCK, code=code)
-
-    def theirs(path: str) -> Callable[[], Function]:
-        def make() -> Function:
-            function = imported(path)
-            return lambda packed, absmax, like: function(packed, state(absmax))
-
-        return make
-
-    yield Case(
-        "nf4 dequantize",
-        f"{name} {outputs}×{inputs}",
-        lambda: [*weights(), drawn(sizes, 0)],
-        ours,
-        wide,
-        (outputs * inputs * (0.5 + 4 / NF4_BLOCK + sizes.dtype.itemsize), 0),
-        {"bitsandbytes": theirs("bitsandbytes.functional:dequantize_4bit")},
-        theirs("unsloth.kernels:fast_dequantize"),
-        rotated=(0,),
-    )
-    for rows in sizes.rows:
-        yield _nf4_product(sizes, name, shape, rows, weights, wide, state, code)
-
-
-def _nf4_product(
-    sizes: Sizes,
-    name: str,
-    shape: tuple[int, int],
-    rows: int,
-    weights: Callable[[], list[Tensor]],
-    wide: Callable[..., Tensor],
-    state: Callable[[Tensor], Any],
-    code: Tensor,
-) -> Case:
-    outputs, inputs = shape
-
-    def made() -> list[Tensor]:
-        x, (packed, absmax) = drawn(sizes, rows, inputs), weights()
-        return [x, packed, absmax, wide(packed, absmax, x)]
-
-    def ours() -> Function:
-        function = imported("posttrain.kernels.nf4:nf4_linear")
-        return lambda x, packed, absmax, dense: function(x, packed, absmax, shape, block_size=NF4_BLOCK, code=code)
-
-    def bitsandbytes() -> Function:
-        function = imported("bitsandbytes:matmul_4bit")
-        return lambda x, packed, absmax, dense: function(x, packed.t(), state(absmax))
-
-    def unsloth() -> Function:
-        gemv, product = imported("unsloth.kernels:fast_gemv"), imported("unsloth.kernels:matmul_lora")
-
-        def call(x: Tensor, packed: Tensor, absmax: Tensor, dense: Tensor) -> Tensor:
-            if rows == 1:
-                return gemv(x.unsqueeze(0), packed, state(absmax)).view(1, -1)
-            return product(x, packed, state(absmax), None, None, None)
-
-        return call
-
-    def plain(x: Tensor, packed: Tensor, absmax: Tensor, dense: Tensor) -> Tensor:
-        return F.linear(x, wide(packed, absmax, x))
-
-    return Case(
-        "nf4 product",
-        f"{rows} rows, {name} {outputs}×{inputs}",
-        made,
-        ours,
-        plain,
-        (outputs * inputs * (0.5 + 4 / NF4_BLOCK) + rows * (inputs + outputs) * sizes.dtype.itemsize, 0),
-        {"cublas": lambda: lambda x, packed, absmax, dense: F.linear(x, dense), "bitsandbytes": bitsandbytes},
-        unsloth,
-        rotated=(1, 3),
-        left_out=("torch", "compile"),
-        wanted="≥ 2 × bitsandbytes, ≥ 1 × cublas",
-    )
-
-
-def fp8s(sizes: Sizes) -> Iterator[Case]:
-    """The product with few rows over a float8 weight under one scale."""
-    for layer in sizes.layers:
-        for rows in sizes.rows:
-            yield _fp8_product(sizes, *layer, rows)
-
-
-def _fp8_product(sizes: Sizes, name: str, outputs: int, inputs: int, rows: int) -> Case:
-    def made() -> list[Tensor]:
-        weight = torch.randn(outputs, inputs, device=sizes.device).to(torch.float8_e4m3fn)
-        scale = torch.full((1,), inputs**-0.5, device=sizes.device)
-        x = drawn(sizes, rows, inputs)
-        return [x, weight, scale, reference.fp8_weight(weight, scale, x.dtype)]
-
-    def ours() -> Function:
-        function = imported("posttrain.kernels.fp8_linear:fp8_linear")
-        return lambda x, weight, scale, dense: function(x, weight, scale)
-
-    return Case(
-        "fp8 product",
-        f"{rows} rows, {name} {outputs}×{inputs}",
-        made,
-        ours,
-        lambda x, weight, scale, dense: F.linear(x, reference.fp8_weight(weight, scale, x.dtype)),
-        (outputs * inputs + rows * (inputs + outputs) * sizes.dtype.itemsize, 0),
-        {"cublas": lambda: lambda x, weight, scale, dense: F.linear(x, dense)},
-        rotated=(1, 3),
-        left_out=("torch", "compile"),
-    )
-
-
 def attentions(sizes: Sizes) -> Iterator[Case]:
     """The same sequences with a prompt each, and with every prompt stored once for its group."""
     sequences, length, prompt, completion = sizes.lengths
@@ -318,12 +181,3 @@ def _varlen(segments: Any, width: int) -> Function:
         return varlen_attn(q, k, v, segments.cu_seqlens, segments.cu_seqlens, longest, longest, **options)
 
     return call
-
-
-def nf4_code(device: str) -> Tensor:
-    """The 16 values of NF4 (2305.14314, appendix E), float32 [16]."""
-    below = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453]
-    below += [-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0]
-    above = [0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224]
-    above += [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
-    return torch.tensor(below + above, device=device)

@@ -93,9 +93,9 @@ def unsloth(source: Path, task: Task, base: str) -> Peer:
     model, _ = fast.from_pretrained(
         str(source),
         max_seq_length=task.prompt + task.completion,
-        dtype=torch.bfloat16,
+        dtype=torch.bfloat16 if DEVICE.type == "cuda" else torch.float32,
         load_in_4bit=base == "nf4",
-        load_in_fp8=base == "fp8",
+        **({"load_in_fp8": True} if base == "fp8" else {}),
         use_gradient_checkpointing="unsloth",
         fix_tokenizer=False,
     )

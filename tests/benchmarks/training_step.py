@@ -26,7 +26,7 @@ import torch
 from random_checkpoint import SHAPES, default_folder, write_in_child
 from report import Record, attempt, emit, records, tables
 from torch import Tensor
-from training_task import DEVICE, SMALL, Task, relative_error, timed
+from training_task import DEVICE, Task, relative_error, timed
 
 HERE = Path(__file__).resolve().parent
 CASES: dict[str, dict[str, dict[str, Any]]] = {
@@ -68,6 +68,11 @@ def task_of(case: str, tiny: bool) -> Task:
     return Task(16, 1024, 256, group=8) if long else Task(16, 256, 768)
 
 
+def small_task(tiny: bool) -> Task:
+    """Of the comparison of gradients; some of it can share prompts."""
+    return Task(4, 4, 8, group=2) if tiny else Task(4, 32, 96, group=2)
+
+
 def build(group: str, settings: dict[str, Any], source: Path, task: Task, base: str) -> Contender:
     """The contender over the checkpoint in ``source``."""
     if group in ("ours", "prompts"):
@@ -95,7 +100,7 @@ def child(options: argparse.Namespace) -> None:
     if not exact.exists():
         return
     with attempt("gradient", label):
-        found = build(group, settings, options.two_layers, SMALL, options.base).gradient()
+        found = build(group, settings, options.two_layers, small_task(options.shape == "tiny"), options.base).gradient()
         emit("gradient", label, error=relative_error(found, torch.load(exact)))
 
 
@@ -103,7 +108,8 @@ def write_exact(options: argparse.Namespace) -> None:
     """Gradients of peft + transformers in float32."""
     import training_peers
 
-    found = training_peers.peft(options.two_layers, SMALL, "bf16", False, torch.float32).gradient()
+    task = small_task(options.shape == "tiny")
+    found = training_peers.peft(options.two_layers, task, "bf16", dtype=torch.float32).gradient()
     torch.save(found, options.out / "exact.pt")
 
 

@@ -47,10 +47,6 @@ class Task:
         return torch.randn(self.sequences, generator=torch.Generator().manual_seed(1))
 
 
-SMALL = Task(4, 32, 96, group=2)
-"""Of the comparison of gradients; some can share the prompts."""
-
-
 def draw_adapter(weights: Mapping[str, nn.Parameter]) -> None:
     """The same numbers for everyone, B too: beside a B of zeros, A has no gradient."""
     with torch.no_grad():
