@@ -44,15 +44,19 @@ def lora_qkv(x: Tensor, layers: Sequence[Adapted]) -> tuple[Tensor, ...]:
     return tuple(y.view(*x.shape[:-1], -1) for y in _LoraLinears.apply(flat, held, *parameters))
 
 
-def lora_mlp(x: Tensor, inner: Sequence[Adapted], down: Adapted, activation: Activation) -> Tensor:
+def lora_mlp(
+    x: Tensor, inner: Sequence[Adapted], down: Adapted, activation: Activation, *, output_used: bool = True
+) -> Tensor:
     """``down(activation(gate(x)) · up(x))``: […, I] → […, O]; ``inner`` is gate and up, or one layer whose outputs are
     both in turn.
 
     Saves x, gate and up; the backward pass overwrites gate and up with their gradients, so there can be only one.
+    Without ``output_used`` the result is 0 and only its gradients are right: what a recomputation needs costs a third
+    less.
     """
     flat = x.reshape(-1, x.shape[-1])
     held, parameters = _split([*inner, down])
-    y = _LoraMlp.apply(flat, held, activation, *parameters)
+    y = _LoraMlp.apply(flat, held, activation, output_used, *parameters)
     return y.view(*x.shape[:-1], -1)
 
 
@@ -79,11 +83,16 @@ class _LoraMlp(torch.autograd.Function):
     """gate and up (or both in one), the gated unit, and down."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, held: _Held, activation: Activation, *parameters: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, held: _Held, activation: Activation, output_used: bool, *parameters: Tensor | None
+    ) -> Tensor:
         *inner, down = _joined(held, parameters)
         outputs, xa = _outputs(x, inner)
-        gate, up = _gate_and_up(outputs)
-        (y,), ha = _outputs(glu_forward(gate, up, activation), [down])
+        if output_used:
+            gate, up = _gate_and_up(outputs)
+            (y,), ha = _outputs(glu_forward(gate, up, activation), [down])
+        else:
+            y, ha = x.new_zeros(x.shape[0], down.frozen.out_features), None
         ctx.held, ctx.activation = held, activation
         ctx.save_for_backward(x, xa, ha, *outputs, *parameters)
         return y
@@ -101,10 +110,11 @@ class _LoraMlp(torch.autograd.Function):
         gate, up = _gate_and_up(outputs)
         h, *_ = glu_backward_(grad_h, gate, up, ctx.activation)
         increment_version(outputs)  # they hold their gradients from here on: a second backward pass fails, loudly
+        ha = _through_a(h, [down]) if ha is None else ha
         of_down = _parameter_gradients(h, ha, [gradient], through, [down])
         del grad_h, h
         grad_x, of_inner = _gradients(x, xa, outputs, inner, ctx.needs_input_grad[0])
-        return grad_x, None, None, *of_inner, *of_down
+        return grad_x, None, None, None, *of_inner, *of_down
 
 
 def _gate_and_up(outputs: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -126,8 +136,7 @@ def _joined(held: _Held, parameters: Sequence[Tensor | None]) -> list[Adapted]:
 
 def _outputs(x: Tensor, layers: Sequence[Adapted]) -> tuple[list[Tensor], Tensor | None]:
     """y of every layer, and ``x Aᵀ`` of all together [T, ΣR]."""
-    stacked = _stacked(layers, x.dtype)
-    xa = None if stacked is None else x @ stacked.T
+    xa = _through_a(x, layers)
     outputs = []
     for layer, part in zip(layers, _parts(xa, layers)):
         frozen = layer.frozen
@@ -150,6 +159,12 @@ def _gradients(
     through = _through_b(gradients, layers)
     of_parameters = _parameter_gradients(x, xa, gradients, through, layers)
     return _input_gradient(gradients, through, layers) if wants_x else None, of_parameters
+
+
+def _through_a(x: Tensor, layers: Sequence[Adapted]) -> Tensor | None:
+    """``x Aᵀ`` of every layer with an adapter [T, ΣR]."""
+    stacked = _stacked(layers, x.dtype)
+    return None if stacked is None else x @ stacked.T
 
 
 def _through_b(gradients: Sequence[Tensor], layers: Sequence[Adapted]) -> Tensor | None:

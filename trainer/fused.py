@@ -1,7 +1,8 @@
 """The model's parts on our kernels: modules are replaced by class, after the adapter is attached.
 
 A replaced module keeps its parameters, its name and its base class, so that nothing but ``forward`` changes: the state
-dictionary, the adapter's names and files stay peft's. What a family of classes does differently is one row of a table.
+dictionary, the adapter's names and files stay peft's. What a family of classes does differently is one row of the table
+in ``families``.
 
 Shape letters: T packed tokens, H hidden, N query heads, K key heads, D head dim, R rotated dims.
 """
@@ -14,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -29,8 +30,10 @@ from posttrain.kernels.reference.lora import Adapted, Dense, Frozen
 from posttrain.kernels.rms_norm import add_rms_norm, rms_norm
 from posttrain.kernels.rope import norm_rope, rope
 from posttrain.rl.errors import EngineError
+from posttrain.trainer.families import FAMILIES, Family
 from posttrain.trainer.lora import ADAPTER
 from posttrain.trainer.model import HALF_HIDDEN_TOLERANCE, PackedModel
+from posttrain.trainer.offload import OUTPUT_USED
 from posttrain.trainer.quantized import QuantizedLinear
 
 log = logging.getLogger(__name__)
@@ -40,48 +43,6 @@ FLOAT32_TOLERANCE = 1e-3
 PROBE_TOKENS = 16
 
 _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one family of transformers' classes differs from Llama's."""
-
-    prefix: str
-    """Of its class names."""
-    parts: tuple[str, ...] = ("RMSNorm", "MLP", "Attention", "DecoderLayer")
-    """The rest of the names of the classes that can be replaced."""
-    eps: str = "variance_epsilon"
-    norm_offset: float = 0.0
-    """Added to the norms' weights."""
-    activation: str = "hidden_act"
-    """The configuration's field."""
-    inner: tuple[str, ...] = ("gate_proj", "up_proj")
-    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
-    head_norms: bool = False
-    """q and k of each head are normed before they are rotated."""
-    window: Literal["", "self", "config"] = "self"
-    """Who holds the ``sliding_window`` that attention is told; empty: it is not told any."""
-    sandwich: bool = False
-    """What attention and MLP return is normed before it joins the residual stream."""
-
-
-_BLOCKS = ("RMSNorm", "MLP")
-FAMILIES = {
-    "llama": Family("Llama", window=""),
-    "mistral": Family("Mistral", window="config"),
-    "qwen2": Family("Qwen2"),
-    "qwen3": Family("Qwen3", head_norms=True),
-    "gemma3": Family(
-        "Gemma3", eps="eps", norm_offset=1.0, activation="hidden_activation", head_norms=True, sandwich=True
-    ),
-    "phi3": Family("Phi3", inner=("gate_up_proj",), qkv=("qkv_proj",), window="config"),
-    # Attention and layer are their own: positions left out, multipliers, soft-caps.
-    "smollm3": Family("SmolLM3", _BLOCKS),
-    "granite": Family("Granite", _BLOCKS),
-    "gpt_oss": Family("GptOss", ("RMSNorm",)),
-    "gemma2": Family("Gemma2", _BLOCKS, eps="eps", norm_offset=1.0, activation="hidden_activation"),
-}
-"""By the name of transformers' folder."""
 
 
 @dataclass(frozen=True)
@@ -205,10 +166,11 @@ class _Mlp(_Part):
         module.one_node = all(map(_is_plain, (*_children(module, family.inner), module.down_proj)))
         return True
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, output_used: bool = True) -> Tensor:
         inner = _children(self, self.family.inner)
         if self.one_node:
-            return lora_mlp(x, [_adapted(layer) for layer in inner], _adapted(self.down_proj), self.activation)
+            layers = [_adapted(layer) for layer in inner]
+            return lora_mlp(x, layers, _adapted(self.down_proj), self.activation, output_used=output_used)
         outputs = [layer(x) for layer in inner]
         gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)
         return self.down_proj(glu(gate, up, self.activation))
@@ -286,8 +248,11 @@ class _Layer(_Part):
         norm = self.pre_feedforward_layernorm if sandwich else self.post_attention_layernorm
         eps, offset = _eps(norm, self.family), self.family.norm_offset
         normed, total = add_rms_norm(attended, hidden_states, norm.weight, eps, offset=offset)
-        output = self.mlp(normed)
-        return total + (self.post_feedforward_layernorm(output) if sandwich else output)
+        if sandwich:
+            return total + self.post_feedforward_layernorm(self.mlp(normed))
+        if not OUTPUT_USED.get() and isinstance(self.mlp, _Mlp):
+            return total + self.mlp(normed, output_used=False)
+        return total + self.mlp(normed)
 
 
 _PARTS: dict[str, type[_Part]] = {"RMSNorm": _Norm, "MLP": _Mlp, "Attention": _Attention, "DecoderLayer": _Layer}

@@ -16,6 +16,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from posttrain.rl.errors import EngineError
 SEGMENT = 256 * 2**20
 """Bytes of host memory that are pinned at once: a power of two, which torch's pinned allocator rounds up to."""
 REMEDY = "set trainer.activation_checkpointing = false"
+OUTPUT_USED: ContextVar[bool] = ContextVar("OUTPUT_USED", default=True)
+"""False while a layer runs for the sake of its graph alone: the value that it returns is not looked at."""
 
 
 def checkpoint_layers(backbone: nn.Module, device: torch.device, *, offload: bool = False) -> HostMemory | None:
@@ -220,8 +223,10 @@ class _Recomputed(torch.autograd.Function):
         inputs = [tensor.detach() for tensor in (hidden, *saved[: ctx.others])]
         for tensor, wanted in zip(inputs, needed):
             tensor.requires_grad_(wanted)
+        token = OUTPUT_USED.set(False)
         with torch.enable_grad():
             outputs = ctx.run(*inputs)
+        OUTPUT_USED.reset(token)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         ends = [(get_gradient_edge(y), g) for y, g in zip(outputs, gradients, strict=True) if g is not None]
         del outputs, hidden  # the values are of no use, only the way to them is

@@ -17,6 +17,11 @@ from posttrain.kernels.reference.glu import Activation, glu
 class Frozen(Protocol):
     """A linear layer ``x Wᵀ + bias`` without gradients of its own, whatever form W is stored in."""
 
+    @property
+    def out_features(self) -> int:
+        """O."""
+        ...
+
     def product(self, x: Tensor) -> Tensor:
         """``x Wᵀ + bias``, fresh: [T, I] → [T, O]."""
         ...
@@ -33,6 +38,11 @@ class Dense(NamedTuple):
     """[O, I], in the type of the activations."""
     bias: Tensor | None = None
     """[O]."""
+
+    @property
+    def out_features(self) -> int:
+        """See ``Frozen``."""
+        return self.weight.shape[0]
 
     def product(self, x: Tensor) -> Tensor:
         """See ``Frozen``."""

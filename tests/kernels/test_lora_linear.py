@@ -28,6 +28,7 @@ class Packed:
 
     def __init__(self, weight, bias):
         self.stored, self.bias = 2 * weight.T, bias
+        self.out_features = len(weight)
 
     def product(self, x):
         y = x @ (self.stored / 2)
@@ -247,3 +248,15 @@ def test_mlp_without_gradients_is_the_same():
     with torch.no_grad():
         alone = lora_mlp(x, inner, down, activation)
     assert torch.equal(alone, lora_mlp(x, inner, down, activation))
+
+
+@runs
+@pytest.mark.parametrize("case", MLPS)
+def test_mlp_whose_output_is_not_used_has_the_same_gradients(filled_with_nan, case):
+    inner, down, activation = mlp_of(case, torch.float32, Packed)
+    x, layers = inputs(9, 41, dtype=torch.float32), [*inner, down]
+    y, *expected = results(lambda x: lora_mlp(x, inner, down, activation), x, layers)
+    down.frozen.product = None  # not called
+    zeros, *found = results(lambda x: lora_mlp(x, inner, down, activation, output_used=False), x, layers)
+    assert zeros.shape == y.shape and not zeros.any()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
