@@ -223,10 +223,8 @@ class _Recomputed(torch.autograd.Function):
         inputs = [tensor.detach() for tensor in (hidden, *saved[: ctx.others])]
         for tensor, wanted in zip(inputs, needed):
             tensor.requires_grad_(wanted)
-        token = OUTPUT_USED.set(False)
-        with torch.enable_grad():
+        with torch.enable_grad(), _output_unused():
             outputs = ctx.run(*inputs)
-        OUTPUT_USED.reset(token)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         ends = [(get_gradient_edge(y), g) for y, g in zip(outputs, gradients, strict=True) if g is not None]
         del outputs, hidden  # the values are of no use, only the way to them is
@@ -236,6 +234,15 @@ class _Recomputed(torch.autograd.Function):
             torch.autograd.grad([y for y, _ in ends], asked, [g for _, g in ends], allow_unused=True) if ends else ()
         )
         return (None,) * 4 + tuple(next(found, None) if wanted else None for wanted in needed)
+
+
+@contextmanager
+def _output_unused() -> Iterator[None]:
+    token = OUTPUT_USED.set(False)
+    try:
+        yield
+    finally:  # where a layer failed, the next forward pass needs its outputs
+        OUTPUT_USED.reset(token)
 
 
 @contextmanager

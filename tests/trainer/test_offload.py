@@ -203,6 +203,7 @@ def test_a_failure_in_the_middle_leaves_nothing_behind(tmp_path, moment):
         trainer.forward_backward([batch], algorithms.parse("grpo"))
     hook.remove()
     gc.collect()
+    assert offload.OUTPUT_USED.get()
     assert host_memory(trainer).waiting == 0
     held = host_memory(trainer).nbytes
     trainer.reset_optimizer()
