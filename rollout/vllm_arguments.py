@@ -106,7 +106,10 @@ class Start:
             "distributed_executor_backend": "uni",
             "worker_cls": f"posttrain.rollout.vllm_{'gpu_worker.Gpu' if self.on_gpu else 'cpu_worker.Cpu'}Worker",
             # Hashed into the key of vLLM's compile cache, which does not see that a layer's method was changed.
-            "additional_config": {"posttrain_fp8_activations": rollout.fp8_activations},
+            "additional_config": {
+                "posttrain_fp8_activations": rollout.fp8_activations,
+                "posttrain_nf4_product": True,  # False: bitsandbytes' instead of ours, to compare them
+            },
         }
         if self.dtype != torch.float32:
             # As the trainer's are: a logit of 30 rounded to bfloat16 is off by up to 1/16 of a nat.

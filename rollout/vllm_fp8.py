@@ -21,6 +21,7 @@ from posttrain.kernels import reference
 from posttrain.kernels.reference import FP8_BLOCK
 from posttrain.rl.errors import EngineError
 from posttrain.rollout.vllm_layout import Repacked, expect
+from posttrain.rollout.vllm_products import locks_beside, warm_up
 
 if TYPE_CHECKING:
     from torch import nn
@@ -108,31 +109,15 @@ def use_weight_only(model: nn.Module, like: Tensor) -> None:
             ) from None
         module.register_buffer("posttrain_fp8_weight", view, persistent=False)
         module.register_buffer("posttrain_fp8_scale", scale, persistent=False)
-        # Its own: two layers may run on two streams at once.
-        module.register_buffer("posttrain_fp8_locks", _locks(view), persistent=False)
+        module.register_buffer("posttrain_fp8_locks", locks_beside(view), persistent=False)
         base: Any = type(method)
         method.__class__ = _weight_only(base)
-        bias = getattr(module, "bias", None)
-        kind = tuple(view.shape), tuple(scale.shape), bias is None
+        kind = tuple(view.shape), tuple(scale.shape), getattr(module, "bias", None) is None
         if view.is_cuda and kind not in warm:
+            from posttrain.kernels.fp8_linear import KERNEL_ROWS, TILES
+
             warm.add(kind)
-            _warm_up(module, bias, like)
-
-
-def _locks(weight: Tensor) -> Tensor:
-    if not weight.is_cuda:
-        return torch.zeros(0, dtype=torch.int32)
-    from posttrain.kernels.split_k import LOCKS
-
-    return torch.zeros(LOCKS, dtype=torch.int32, device=weight.device)
-
-
-def _warm_up(module: Any, bias: Tensor | None, like: Tensor) -> None:
-    """Compile what a prompt or a batch of any size may need: not in the midst of sampling, nor while capturing."""
-    from posttrain.kernels.fp8_linear import TILES
-
-    for tiles in TILES:
-        module.quant_method.apply(module, like.new_zeros(tiles.rows, module.posttrain_fp8_weight.shape[1]), bias)
+            warm_up(module, view.shape[1], [*(tiles.rows for tiles in TILES), KERNEL_ROWS + 1], like)
 
 
 @torch.library.custom_op(

@@ -21,11 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from posttrain.kernels.launch import runs_triton
 from posttrain.rl.sharing import opened
 from posttrain.rollout.vllm_export import exported
 from posttrain.rollout.vllm_fp8 import use_weight_only
 from posttrain.rollout.vllm_layout import Layout
 from posttrain.rollout.vllm_lora import attach, overwrite, slot_views, write_zero_adapter
+from posttrain.rollout.vllm_nf4 import use_packed_product
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +72,7 @@ class PosttrainWorker:
 
     @_timed("load")
     def load_model(self, **options: Any) -> None:
-        """Load, then put our fp8 product and the adapter's matrices in: before anything is compiled or captured."""
+        """Load, then put our products and the adapter's matrices in: before anything is compiled or captured."""
         super().load_model(**options)  # type: ignore[misc]
         self._private: list[Tensor] = []
         self._opened: tuple[Any, Tensor] | None = None
@@ -79,6 +81,8 @@ class PosttrainWorker:
         like = torch.empty(0, dtype=self.vllm_config.model_config.dtype, device=self.device)
         if not self.vllm_config.additional_config["posttrain_fp8_activations"]:
             use_weight_only(self.model_runner.get_model(), like)
+        if self.vllm_config.additional_config["posttrain_nf4_product"] and runs_triton(self.device):
+            use_packed_product(self.model_runner.get_model(), like)
         if spec := self._spec("dense"):
             self._held = attach(self._layout, spec["targets"], spec["rank"], like)
 

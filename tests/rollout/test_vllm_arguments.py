@@ -60,7 +60,8 @@ def test_arguments_follow_the_run(architecture: Architecture) -> None:
     assert args["hf_overrides"] == {"head_dtype": "float32"}
     assert "hf_overrides" not in start(architecture, dtype=torch.float32).arguments()
     assert args["compilation_config"]["cudagraph_capture_sizes"][-1] == 64
-    assert args["additional_config"] == {"posttrain_fp8_activations": False} and "enable_lora" not in args
+    assert args["additional_config"] == {"posttrain_fp8_activations": False, "posttrain_nf4_product": True}
+    assert "enable_lora" not in args
     assert start(architecture, "fp8").arguments()["quantization"] == "fp8"
     with pytest.raises(EngineError, match="16-bit"):
         start(architecture, "fp8", dtype=torch.float32).arguments()
