@@ -15,8 +15,8 @@ from tests.kernels.kernel_tests import CAPABILITIES, DEVICE, INTERPRETED, TYPES,
 from tests.kernels.kernel_tests import filled_with_nan as filled_with_nan
 
 pytest.importorskip("triton")
-from posttrain.kernels import rms_norm as module  # noqa: E402 - needs triton
-from posttrain.kernels.rms_norm import add_rms_norm, rms_norm  # noqa: E402
+from posttrain.kernels import rms_norm as module
+from posttrain.kernels.rms_norm import add_rms_norm, rms_norm
 
 EPS = 1e-5
 SHAPES = [(1, 9), (3, 41), (2, 5, 341), (9, 1040), (0, 41), (2, 5000)]
@@ -131,7 +131,8 @@ def test_a_float32_weight_of_a_half_precision_model_keeps_its_digits(filled_with
     x, weight = drawn(5, 41, dtype=torch.float16), 1 + drawn(41, seed=1) / 4096
     expected = plain(x.double(), weight.double(), 0.0)
     y = rms_norm(x, weight.requires_grad_(), EPS)
-    assert y.dtype == torch.float16 and torch.equal(y, expected.to(torch.float16))
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y.double(), expected, rtol=1.01 * 2**-11, atol=1e-7)  # one rounding
     y.sum().backward()
     assert weight.grad.dtype == torch.float32
 
@@ -142,7 +143,8 @@ def test_rows_beyond_2_to_the_31_elements_are_found():
     wide = torch.zeros(65600, 32800, dtype=torch.float16, device=DEVICE)[:, :9]
     wide[-1] = torch.arange(9.0)
     y = rms_norm(wide, torch.ones(9, device=DEVICE), EPS)
-    torch.testing.assert_close(y[-1].double(), plain(wide[-1].double(), torch.ones(9, device=DEVICE), 0.0))
+    expected = plain(wide[-1].double(), torch.ones(9, device=DEVICE), 0.0)
+    torch.testing.assert_close(y[-1], expected.half())
     assert not y[:-1].any()
 
 
@@ -170,19 +172,18 @@ def kernel_for(name, width, capability, element, **changes):
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("width", [41, 128, 2560, 16384])
-def test_they_compile_for_gpus_that_are_not_here_and_read_16_bytes_at_once(capability, width):
+def test_they_compile_for_gpus_that_are_not_here(capability):
     element = "fp16" if capability < 80 else "bf16"
     for name, changes in (("forward", {}), ("backward", {"WEIGHT_GRADIENT": False})):
-        ptx = kernel_for(name, width, capability, element, **changes).asm["ptx"]
-        narrow = ("ld.global.b16", "ld.global.b32", "st.global.b16")
-        assert ("ld.global.v4.b32" in ptx and not any(access in ptx for access in narrow)) == (width != 41)
+        ptx = kernel_for(name, 2560, capability, element, **changes).asm["ptx"]
+        narrow = ("ld.global.b16", "ld.global.b32", "st.global.b16", "st.global.b32")
+        assert "ld.global.v4.b32" in ptx and not any(access in ptx for access in narrow), "16 bytes at once"
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
 @pytest.mark.parametrize("element", ["fp16", "fp32"])
-@pytest.mark.parametrize("add", [False, True])
-def test_every_variant_compiles(element, add):
-    kernel_for("forward", 4096, 90, element, ADD=add)
-    for weight_gradient in (False, True):
-        kernel_for("backward", 4096, 90, element, ADD=add, WEIGHT_GRADIENT=weight_gradient)
+@pytest.mark.parametrize("width", [41, 128, module.WIDEST])
+def test_every_variant_compiles(element, width):
+    for add in (False, True):
+        kernel_for("forward", width, 90, element, ADD=add)
+        kernel_for("backward", width, 90, element, ADD=add, WEIGHT_GRADIENT=not add)
