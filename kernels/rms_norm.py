@@ -235,6 +235,8 @@ def _rms_norm_bwd_kernel(
         mask = (offs_m < M)[:, None] & mask_h[None, :]
         x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_h[None, :], mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + offs_m[:, None] * stride_gm + offs_h[None, :], mask=mask, other=0.0).to(tl.float32)
+        if ADD:  # asked for before the sums, behind which the compiler would leave it
+            others = tl.load(grad_total_ptr + offs_m[:, None] * stride_tm + offs_h[None, :], mask=mask, other=0.0)
         scale = tl.rsqrt(tl.sum(x * x, 1) / H + eps)[:, None]
         normed = x * scale
         if WEIGHT_GRADIENT:
@@ -242,7 +244,6 @@ def _rms_norm_bwd_kernel(
         grad *= weight[None, :]
         grad_x = scale * (grad - normed * (tl.sum(grad * normed, 1) / H)[:, None])
         if ADD:
-            others = tl.load(grad_total_ptr + offs_m[:, None] * stride_tm + offs_h[None, :], mask=mask, other=0.0)
             grad_x += others.to(tl.float32)
         out = offs_m[:, None] * H + offs_h[None, :]
         tl.store(grad_x_ptr + out, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)

@@ -100,8 +100,8 @@ def _rotate_heads(
             rest_ptrs = x_ptrs[:, None] + 2 * HALF + offs_r[None, :]
             rest = tl.load(rest_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0).to(tl.float32)
         if NORM:
-            squares = tl.sum(first * first + second * second, 1)
             weight_1, weight_2 = _load_row(weight_ptr, HALF, BLOCK_P, INTERLEAVED)
+            squares = tl.sum(first * first + second * second, 1)
             if REST > 0:
                 squares += tl.sum(rest * rest, 1)
             scale = tl.rsqrt(squares / (2 * HALF + REST) + eps)[:, None]

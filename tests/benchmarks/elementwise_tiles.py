@@ -1,6 +1,6 @@
 """How the tiles of the norms, the rotary embedding and the gated units are chosen: each table's candidates, measured.
 
-    python -m tests.benchmarks.elementwise_tiles [--only rms_norm rope glu] [--hidden 2560] [--inner 9728]
+    python tests/benchmarks/elementwise_tiles.py [--only rms_norm rope glu] [--hidden 2560] [--inner 9728]
 
 At 16,384 tokens in bfloat16, 32 + 8 heads of 128; bandwidth as a share of a large copy's; under a minute on an H200.
 ``>`` marks what the kernel file has now.

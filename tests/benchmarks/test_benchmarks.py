@@ -14,7 +14,17 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.parametrize(
-    "script", ["one_gpu", "two_gpus", "learning", "colab_on_gpu", "random_checkpoint", "fp8_linear"]
+    "script",
+    [
+        "one_gpu",
+        "two_gpus",
+        "learning",
+        "colab_on_gpu",
+        "random_checkpoint",
+        "fp8_linear",
+        "token_logprobs",
+        "elementwise_tiles",
+    ],
 )
 def test_each_script_explains_itself(script: str):
     done = subprocess.run(
