@@ -21,11 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from posttrain.kernels.attention_blocks import key_blocks, query_blocks
-from posttrain.kernels.attention_kernels import (
-    _attention_bwd_dkdv_kernel,
-    _attention_bwd_dq_kernel,
-    _attention_fwd_kernel,
-)
+from posttrain.kernels.attention_bwd import _attention_bwd_dkdv_kernel, _attention_bwd_dq_kernel
+from posttrain.kernels.attention_fwd import _attention_fwd_kernel
 from posttrain.kernels.launch import gpu, power_of_2
 from posttrain.kernels.reference.attention import Segments
 
@@ -50,23 +47,22 @@ class Kernels(NamedTuple):
 
 
 TILES: dict[tuple[str, int], Kernels] = {
-    ("hopper", 64): Kernels(Tiles(128, 128, 4, 3), Tiles(128, 64, 4, 3), Tiles(128, 64, 4, 3)),
+    ("hopper", 64): Kernels(Tiles(128, 128, 4, 3), Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2)),
     ("hopper", 128): Kernels(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2)),
-    ("hopper", 256): Kernels(Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 2), Tiles(64, 32, 8, 2)),
+    ("hopper", 256): Kernels(Tiles(128, 32, 8, 3), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2)),
     ("ampere", 64): Kernels(Tiles(128, 64, 4, 3), Tiles(128, 64, 4, 3), Tiles(128, 32, 4, 3)),
     ("ampere", 128): Kernels(Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2)),
     ("ampere", 256): Kernels(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2), Tiles(64, 32, 8, 2)),
     ("ada", 64): Kernels(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
     ("ada", 128): Kernels(Tiles(128, 32, 8, 2), Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2)),
     ("ada", 256): Kernels(Tiles(64, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
-    ("turing", 64): Kernels(Tiles(64, 64, 4, 1), Tiles(64, 32, 4, 1), Tiles(64, 32, 4, 1)),
-    ("turing", 128): Kernels(Tiles(64, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
-    ("turing", 256): Kernels(Tiles(32, 32, 4, 1), Tiles(32, 16, 4, 1), Tiles(32, 16, 4, 1)),
-    ("float32", 64): Kernels(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
-    ("float32", 128): Kernels(Tiles(32, 32, 4, 1), Tiles(32, 16, 4, 1), Tiles(32, 16, 4, 1)),
-    ("float32", 256): Kernels(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
+    ("scalar", 64): Kernels(Tiles(32, 32, 4, 1), Tiles(32, 16, 4, 1), Tiles(32, 32, 8, 1)),
+    ("scalar", 128): Kernels(Tiles(32, 32, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+    ("scalar", 256): Kernels(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
 }
-"""By the kind of GPU, or float32 on any, and the head dim rounded up to a power of two."""
+"""By what multiplies matrices, and the head dim rounded up to a power of two. "ada" has 99 KiB of shared memory.
+"scalar": no tensor cores, for float32 on any GPU and everything on compute capability 7.5, whose tensor cores Triton
+does not use from 3.3 on: correct there, but slower than torch's attention, and no room for float32 at 256."""
 
 
 def attention(
@@ -121,7 +117,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_backward(*ctx.saved_tensors, _even(grad), ctx.segments, ctx.rule), None, None
+        q, k, v, out, lse = ctx.saved_tensors
+        return *_backward(q, k, v, out, lse, _even(grad), ctx.segments, ctx.rule), None, None
 
 
 def _even(tensor: Tensor) -> Tensor:
@@ -177,10 +174,8 @@ def _backward(
 def tiles_of(q: Tensor) -> Kernels:
     """From the table, for q's type, head dim and device."""
     capability = gpu(q.device).capability
-    if q.dtype == torch.float32:
-        kind = "float32"
-    elif capability < (8, 0):
-        kind = "turing"
+    if q.dtype == torch.float32 or capability < (8, 0):
+        kind = "scalar"
     elif capability in {(8, 0), (8, 7)}:
         kind = "ampere"
     else:

@@ -6,6 +6,7 @@ All numbers are int32; heavy blocks come first, so that the last programs to sta
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -58,7 +59,8 @@ def _key_blocks(segments: Segments, size: int, window: int | None) -> KeyBlocks:
     for index, prompt in enumerate(segments.prompts):
         if prompt != index:
             completions.setdefault(prompt, []).append(index)
-    found, visits = [], []
+    found: list[tuple[int, int, int, int, int]] = []
+    visits: list[tuple[int, int, int]] = []
     for index, (start, stop) in enumerate(itertools.pairwise(segments.bounds)):
         before = _context(segments, index)[1]
         readers = completions.get(index, [])
@@ -91,5 +93,5 @@ def _context(segments: Segments, index: int) -> tuple[int, int]:
     return first, 0 if prompt == index else stop - first
 
 
-def _table(rows: list[tuple[int, ...]], columns: int, segments: Segments) -> Tensor:
+def _table(rows: Sequence[tuple[int, ...]], columns: int, segments: Segments) -> Tensor:
     return torch.tensor(rows, dtype=torch.int32).view(-1, columns).to(segments.cu_seqlens.device)
