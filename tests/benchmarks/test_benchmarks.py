@@ -22,6 +22,7 @@ HERE = Path(__file__).parent
         "colab_on_gpu",
         "random_checkpoint",
         "fp8_linear",
+        "nf4_linear",
         "token_logprobs",
         "elementwise_tiles",
     ],

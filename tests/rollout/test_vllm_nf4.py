@@ -135,13 +135,5 @@ def test_the_operation_is_one_node_of_a_traced_graph() -> None:
     torch.testing.assert_close(traced(x).double(), x.double() @ weight.T + layer.bias.double(), rtol=1e-5, atol=1e-4)
     targets = [node.target for node in graphs[0].graph.nodes if node.op == "call_function"]
     assert [target for target in targets if "nf4_linear" in str(target)] == [torch.ops.posttrain.nf4_linear]
-    arguments = (
-        x,
-        layer.posttrain_nf4_weight,
-        layer.posttrain_nf4_absmax,
-        24,
-        64,
-        layer.bias,
-        layer.posttrain_nf4_locks,
-    )
-    torch.library.opcheck(torch.ops.posttrain.nf4_linear.default, arguments, test_utils="test_faketensor")
+    held = (layer.posttrain_nf4_weight, layer.posttrain_nf4_absmax, 64, layer.bias, layer.posttrain_nf4_locks)
+    torch.library.opcheck(torch.ops.posttrain.nf4_linear.default, (x, *held), test_utils="test_faketensor")
