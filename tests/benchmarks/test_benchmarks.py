@@ -25,6 +25,7 @@ HERE = Path(__file__).parent
         "nf4_linear",
         "token_logprobs",
         "elementwise_tiles",
+        "training_step",
     ],
 )
 def test_each_script_explains_itself(script: str):
@@ -186,3 +187,39 @@ def test_two_gpus_are_compared_by_the_medians_of_all_steps_but_the_first():
         "train_s": 2.5,
     }
     assert two_gpus.compared(one) is None
+
+
+@pytest.mark.parametrize("case", ["ours", "ours, checkpointing", "prompt 1024 × 8, shared", "peft, checkpointing"])
+def test_everyone_trains_on_the_same_thing(tmp_path: Path, case: str):
+    """A step runs, and the gradient of everyone is that of peft and transformers in float32."""
+    import random_checkpoint
+    import torch
+    import training_peers
+    import training_step
+    from training_task import relative_error
+
+    folder = random_checkpoint.write(tmp_path / "model", "tiny", torch.float32)
+    group, settings = next((group, found[case]) for group, found in training_step.CASES.items() if case in found)
+    if group in ("ours", "prompts"):
+        settings = {"kernels": "reference", "device": "cpu", **settings}
+    task = training_step.small_task(tiny=True)
+    contender = training_step.build(group, settings, folder, task, "bf16")
+    exact = training_peers.peft(folder, task, "bf16", dtype=torch.float32).gradient()
+    assert sum(gradient.norm() for gradient in exact.values()) > 0.1
+    assert relative_error(contender.gradient(), exact) < 1e-5
+    contender.step()
+
+
+def test_a_training_step_is_a_child_that_parses():
+    import training_step
+
+    cases = [case for found in training_step.CASES.values() for case in found]
+    assert len(cases) == len(set(cases)) == 11
+    for case in cases:
+        assert training_step.parse(["--child", case, "--shape", "tiny"]).child == case
+        task = training_step.task_of(case, tiny=False)
+        assert task.tokens == (20480 if case.startswith("prompt") else 16384)
+        ids = task.ids(1000)
+        assert ids.shape == (16, task.prompt + task.completion)
+        same = (ids[0, : task.prompt] == ids[1, : task.prompt]).all()
+        assert same == case.startswith("prompt") and (ids[0] != ids[1]).any()
