@@ -196,7 +196,10 @@ def test_everyone_trains_on_the_same_thing(tmp_path: Path, case: str):
     import torch
     import training_peers
     import training_step
-    from training_task import relative_error
+    from training_task import DEVICE, relative_error
+
+    if DEVICE.type != "cpu":
+        pytest.skip("half precision there: training_step.py reports the errors")
 
     folder = random_checkpoint.write(tmp_path / "model", "tiny", torch.float32)
     group, settings = next((group, found[case]) for group, found in training_step.CASES.items() if case in found)

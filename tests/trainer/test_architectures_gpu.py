@@ -199,9 +199,9 @@ def curves(tmp_path, variants):
 def test_learning_curve_on_kernels_is_that_of_the_reference(tmp_path):
     kernels, reference = curves(tmp_path, [("triton",), ("reference",)])
     assert len(kernels) == len(reference) >= 30
-    assert abs(kernels[0] - reference[0]) < 0.2, "after the same supervised steps"
+    assert abs(kernels[0] - reference[0]) < 0.15, "after the same supervised steps"
     for rewards in (kernels, reference):
         assert sum(rewards[-5:]) / 5 > 0.85
-    # Means of five steps of 160 samples: what two runs of the reference on other seeds differ by, and half as much.
+    # Means of five steps of 160 samples; runs of the reference on other seeds and types are within 0.05 of each other.
     smooth = [[sum(rewards[at : at + 5]) / 5 for at in range(len(rewards) - 4)] for rewards in (kernels, reference)]
-    assert max(abs(one - two) for one, two in zip(*smooth)) < 0.25
+    assert max(abs(one - two) for one, two in zip(*smooth)) < 0.1
