@@ -6,8 +6,8 @@
 A row is printed the moment it is there. No time is reported where the error, relative to float32, is more than twice
 that of plain torch in the same type. Times are medians on the GPU, L2 flushed before each, launches queued ahead;
 "%" is the share of what this GPU reaches in the same run: copying, or one large bfloat16 product by cuBLAS. "extra MiB"
-is the peak beyond the inputs, outputs and gradients counted. Unsloth patches what it imports, so it runs last, in a
-process of its own.
+is the peak of memory beyond the inputs; results and gradients count. Unsloth patches what it imports, so it runs last,
+in a process of its own.
 """
 
 from __future__ import annotations
