@@ -199,21 +199,24 @@ def _sweep(
             update_statistics(tile, start, t, bias, head, statistics, block_sums)
             for factors, total in zip((tile.factors, tile.weighted), block_sums):
                 product(factors, tile_weight, total, add=start > 0)
-        reference_logit, total, energy, x_target, slope_target = statistics
-        block, log_total = finish(reference_logit, total, energy, x_target)
+        origin, total, energy, x_target, slope_target, anchor = statistics
+        block, log_total = finish(origin, total, energy, x_target)
         blocks.append(block)
         if directions:
-            coefficients = _coefficients(block, total, log_total, slope_target, slope(head))
+            coefficients = _coefficients(block, total, log_total + (origin - anchor), slope_target, slope(head))
             write_directions(weight, t, coefficients, block_sums, [each[low : low + ROWS] for each in kept])
     return Block(*(concatenate(blocks, name, hidden) for name in Block._fields)), kept
 
 
-def _coefficients(block: Block, total: Tensor, log_total: Tensor, slope_target: Tensor, scale: float) -> Tensor:
-    """[5, N]: of the target's weight row and of A in ``∂logp/∂h``; of the row, A and B in ``∂entropy/∂h``."""
+def _coefficients(block: Block, total: Tensor, lse_of_others: Tensor, slope_target: Tensor, scale: float) -> Tensor:
+    """[5, N]: of the target's weight row and of A in ``∂logp/∂h``; of the row, A and B in ``∂entropy/∂h``.
+
+    ``lse_of_others`` is measured from the anchor, as the factors in B are.
+    """
     alone = total == 0  # a vocabulary of one
     rest, p = torch.exp(block.log_rest), torch.exp(block.logprobs)
     mean = torch.where(alone, 0.0, rest * scale / total)
-    log_p = torch.where(alone, 0.0, block.log_rest + block.entropy - log_total)
+    log_p = torch.where(alone, 0.0, block.log_rest + block.entropy - lse_of_others)
     own = slope_target * scale
     return torch.stack([rest * own, -mean, -p * (block.logprobs + block.entropy) * own, -mean * log_p, -mean])
 

@@ -21,11 +21,12 @@ from posttrain.kernels.reference.logprobs import Head
 GROWTH = tl.constexpr(1.0)
 """Nats by which a row's maximum may exceed the reference that its sums are measured from, before they are moved to it.
 A factor is then at most e in size, and a sum is passed over two or three times in a whole sweep, not once a tile."""
-NUMBERS_A_THREAD = 32
+NUMBERS_A_THREAD = 16
 """Of a row of logits: more spill, fewer have too little under way."""
 MOST_COLUMNS = 16384
-STATISTICS = 5
-"""Of a row: reference, Σ e, Σ e·(x − reference) over all but the target, the target's logit, the slope there."""
+STATISTICS = 6
+"""Of a row: reference, Σ e, Σ e·(x − reference) over all but the target, the target's logit, the slope there, and the
+anchor, near the mean of x, that the entropy's factors e·(x − anchor) are measured from: little is left to cancel."""
 
 
 class Tile(NamedTuple):
@@ -61,7 +62,7 @@ def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
 def update_statistics(
     tile: Tile, start: int, targets: Tensor, bias: Tensor | None, head: Head, statistics: Tensor, sums: list[Tensor]
 ) -> None:
-    """Take a tile into ``statistics`` [5, N] and, where there are ``sums`` [N, H] of products, write its factors.
+    """Take a tile into ``statistics`` [6, N] and, where there are ``sums`` [N, H] of products, write its factors.
 
     ``sums``, of the tiles before, are moved to the new reference in the rows that got one. One launch and one binary
     whether or not there are sums, so that the statistics are the same bits.
@@ -175,7 +176,7 @@ def _capped(z: tl.tensor, inner: tl.tensor, outer: tl.tensor, HAS_SOFTCAP: tl.co
         s = tl.sigmoid(2 * inner * z)  # tanh y = 2 s − 1 and its derivative 4 s (1 − s)
         return outer * (2 * s - 1), 4 * s * (1 - s)
     else:
-        return inner * z, tl.full(z.shape, 1.0, tl.float32)
+        return inner * z, 1.0
 
 
 @triton.jit(do_not_specialize=["directions", "H"])
@@ -217,10 +218,13 @@ def _tile_fwd_kernel(
     total = tl.load(stats + stride_s, mask=seen, other=0.0)
     energy = tl.load(stats + 2 * stride_s, mask=seen, other=0.0)
     target = tl.load(targets_ptr + row) - start
-    is_target = offs_c == target
-    if (target >= 0) & (target < columns):
-        tl.store(stats + 3 * stride_s, tl.sum(tl.where(is_target, x, 0.0), 0))
-        tl.store(stats + 4 * stride_s, tl.sum(tl.where(is_target, slope, 0.0), 0))
+    here = (target >= 0) & (target < columns)
+    own_z = tl.load(z_ptr + row * stride_zn + target, mask=here, other=0.0)
+    if HAS_BIAS:
+        own_z += tl.load(bias_ptr + start + target, mask=here, other=0.0).to(tl.float32)
+    own_x, own_slope = _capped(own_z, inner, outer, HAS_SOFTCAP)
+    tl.store(stats + 3 * stride_s, own_x, mask=here)
+    tl.store(stats + 4 * stride_s, own_slope, mask=here)
 
     x = tl.where(mask_c & (offs_c != target), x, float("-inf"))
     highest = tl.max(x, 0)
@@ -230,17 +234,22 @@ def _tile_fwd_kernel(
     origin = tl.where(moved == float("-inf"), 0.0, moved)
     shift = tl.where(reference == float("-inf"), 0.0, reference - origin)
     decay = tl.exp(shift)
-    d = x - origin
-    e = tl.exp(d)
-    f = e * tl.where(e > 0, d, 0.0)
+    e = tl.exp(x - origin)
+    d = tl.where(e > 0, x - origin, 0.0)
+    energy = decay * (energy + shift * total) + tl.sum(e * d, 0)
+    total = decay * total + tl.sum(e, 0)
+    old_anchor = tl.load(stats + 5 * stride_s, mask=seen, other=0.0)
+    anchor = tl.where(moves, origin + energy / tl.maximum(total, 1e-30), old_anchor)
     tl.store(stats, moved)
-    tl.store(stats + stride_s, decay * total + tl.sum(e, 0))
-    tl.store(stats + 2 * stride_s, decay * (energy + shift * total) + tl.sum(f, 0))
+    tl.store(stats + stride_s, total)
+    tl.store(stats + 2 * stride_s, energy)
+    tl.store(stats + 5 * stride_s, anchor)
 
     if directions > 0:
         tl.store(e_ptr + row * stride_en + offs_c, (e * slope).to(e_ptr.dtype.element_ty), mask=mask_c)
         if directions > 1:
-            tl.store(f_ptr + row * stride_en + offs_c, (f * slope).to(f_ptr.dtype.element_ty), mask=mask_c)
+            f = e * (d + (origin - anchor)) * slope
+            tl.store(f_ptr + row * stride_en + offs_c, f.to(f_ptr.dtype.element_ty), mask=mask_c)
         if moves & (reference > float("-inf")):
             for low in range(0, H, BLOCK_H):
                 offs_h = low + tl.arange(0, BLOCK_H)
@@ -248,7 +257,7 @@ def _tile_fwd_kernel(
                 a = tl.load(a_ptr + at, mask=mask_h, other=0.0)
                 if directions > 1:
                     b = tl.load(b_ptr + at, mask=mask_h, other=0.0)
-                    tl.store(b_ptr + at, decay * (b + shift * a), mask=mask_h)
+                    tl.store(b_ptr + at, decay * (b + (old_anchor - anchor) * a), mask=mask_h)
                 tl.store(a_ptr + at, decay * a, mask=mask_h)
 
 

@@ -153,6 +153,24 @@ def test_factors_of_16_bits_lie_over_the_logits(head, shape, sixteen_bits, fille
 
 
 @runs
+def test_what_all_rows_of_the_weight_share_cancels_in_the_entropy(sixteen_bits):
+    # A nearly flat distribution over rows with a large part in common: Σ p (log p + entropy) w has it with weight 0.
+    rows, width, vocabulary, chunk = 4, 64, 2000, 256
+    hidden, weight, _, targets, *_ = problem((rows, width, vocabulary, chunk), torch.float16, spread=0.5)
+    shared = torch.linspace(-1, 1, width, device=DEVICE)
+    shared -= hidden.float().T @ torch.linalg.lstsq(hidden.float().T, shared[:, None])[0].squeeze(1)  # no logits of it
+    weight = (weight + 10 * shared).half()
+    ones = torch.ones(rows, device=DEVICE)
+
+    def of_the_entropy(function, h):
+        return gradients(lambda leaf: function(leaf), [h], 0 * ones.to(h.dtype), ones.to(h.dtype))[0]
+
+    ours = of_the_entropy(lambda h: token_logprobs(h, weight, targets, entropy_gradient=True, chunk=chunk), hidden)
+    truth = of_the_entropy(lambda h: dense(h, weight.double(), targets), hidden.double())
+    assert distance(ours, truth) <= 5e-3 * truth.abs().max().item()
+
+
+@runs
 @pytest.mark.parametrize("order", ["rising", "falling", "steps"])
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
 def test_maxima_that_grow_by_hundreds_from_tile_to_tile(order, half, sixteen_bits, filled_with_nan):
