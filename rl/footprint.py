@@ -2,7 +2,7 @@
 
 Weights, adapter, gradients and optimizer are counted exactly on a model without storage; activations and the KV cache
 are the largest the configuration allows; what CUDA and vLLM take beside them are the constants below, each with its
-source. Sizes in bytes; T packed tokens, H hidden, I the widest layer, V vocabulary, N heads, L one sequence.
+source. Sizes in bytes; H hidden, I the widest layer.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from posttrain.rl.activations import count_activations
 from posttrain.rl.architecture import linear_layers, lora_parameters, meta_model, stored_size
 from posttrain.rl.errors import ConfigError
 from posttrain.rl.machine import GIB, MIB, Memory, gib
@@ -26,8 +27,6 @@ BESIDE = 200 * MIB
 measured on an H200, 2026-11-22, vLLM 0.26, torch 2.11."""
 NCCL = GIB // 2
 """Device memory of NCCL's buffers and channels in each of several trainers, outside torch's allocator. An estimate."""
-TILE = 4096
-"""Rows and columns of the logits worked on at once (float32), the defaults of ``kernels.reference.token_logprobs``."""
 NF4_BLOCK = 64
 """Weights that share one float32 absmax (bitsandbytes' default, not nested)."""
 NF4_CODE = 16 * 4
@@ -72,6 +71,8 @@ class MemoryEstimate:
     """The buffer through which vLLM gets the adapter."""
     activations: int
     """Of the largest micro-batch, with the log-probabilities of its tokens and one dequantized layer."""
+    pinned: int
+    """Beside them, in the host's memory: what ``trainer.offload_activations`` moves there."""
     kv_cache: int
     """The most that the run can use."""
     kv_least: int
@@ -169,6 +170,7 @@ def estimate_memory(
     else:
         kv_cache = sequences * (length * cache + model.config.get_text_config().vocab_size * 4)  # and a token's logits
         kv_least = kv_cache // 2
+    activations = count_activations(config, model, size, length, on_gpu)
     return MemoryEstimate(
         parameters=parameters,
         trainable=trainable,
@@ -180,7 +182,8 @@ def estimate_memory(
         gradients=wide * trainable,
         optimizer=2 * trainable * (1 if trainer.optimizer == "adamw_8bit" else wide),
         publication=trainable * size if vllm and on_gpu else 0,
-        activations=_activations(config, model, size, length),
+        activations=activations.device + _dequantized(config, model),
+        pinned=activations.host * config.gpus,
         kv_cache=kv_cache,
         kv_least=kv_least,
         sequences=sequences,
@@ -305,36 +308,3 @@ def _dequantized(config: Config, model: Any) -> int:
 def _widest(model: Any) -> int:
     """Features of the widest linear layer, in or out."""
     return max(max(layer.weight.shape) for layer in linear_layers(model).values())
-
-
-def _activations(config: Config, model: Any, size: int, length: int) -> int:
-    """What the backward pass of the largest micro-batch keeps.
-
-    A decoder layer keeps about what goes into and comes out of each of its matrix products, and its norms' inputs in
-    float32; with checkpointing one layer at a time is whole, the others keep their input.
-    """
-    text = model.config.get_text_config()
-    rollout, trainer = config.rollout, config.trainer
-    everything = rollout.prompts_per_step * rollout.group_size * length // trainer.updates_per_batch
-    tokens_T = min(everything, max(trainer.micro_batch_tokens, length))
-    hidden, layers = text.hidden_size, text.num_hidden_layers
-    products = sum(sum(layer.weight.shape) for layer in linear_layers(model).values()) * size // layers
-    active = getattr(text, "num_experts_per_tok", None) or 0
-    if active:  # experts are stacked in one parameter: gate, up and down of those that a token visits
-        width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
-        products += active * (2 * hidden + 4 * width) * size
-    one_layer = products + 4 * hidden * 4 + _scores(model, size, length)
-    kept = one_layer + layers * hidden * size if trainer.activation_checkpointing else layers * one_layer
-    tile = min(tokens_T, TILE) * min(text.vocab_size, TILE) * 4
-    return tokens_T * (kept + 3 * hidden * 4) + 3 * tile + _dequantized(config, model)
-
-
-def _scores(model: Any, size: int, length: int) -> int:
-    """A token's attention scores in one layer, where the trainer writes them out (softcap, sinks): the bent scores and
-    their softmax in float32, and the weights in the model's type.
-    """
-    text = model.config.get_text_config()
-    sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())
-    if getattr(text, "attn_logit_softcapping", None) is None and not sinks:
-        return 0
-    return text.num_attention_heads * length * (4 + 4 + (size if size < 4 else 0))

@@ -124,6 +124,12 @@ def check_fits(config: Config, memory: Memory | None = None, *, longest_prompt: 
     needed = estimate_memory(config, memory, longest_prompt=None if vllm else longest_prompt)
     if memory is not None and not needed.least <= budget(config, memory) <= memory.free:
         raise ConfigError(_refusal(config, needed, memory))
+    main = machine.memory() if needed.pinned else None
+    if main is not None and needed.pinned > main[1]:
+        raise ConfigError(
+            f"trainer.offload_activations takes {gib(needed.pinned)} of main memory, {gib(main[1])} of {gib(main[0])} "
+            "are free: lower trainer.micro_batch_tokens, or set it to false"
+        )
     return needed
 
 

@@ -320,6 +320,7 @@ def test_scores_count_where_the_trainer_writes_them_out() -> None:
     gemma = {**SMALL, "model_type": "gemma2"}
     rollout = {"engine": "transformers", "prompts_per_step": 1, "group_size": 2, "max_tokens": 128}
     changes: dict[str, Any] = {"rollout": rollout, "data": {"max_prompt_tokens": 128}}
+    changes["trainer"] = {"kernels": "reference"}
     bent = estimate_memory(configured({**gemma, "attn_logit_softcapping": 50.0}, **changes), GPU)
     plain = {"model": {"random": {"config": {**SMALL, "model_type": "gemma3_text"}}}, **changes}
     tokens, length = 512, 256

@@ -69,6 +69,19 @@ def test_the_message_says_what_would_help(changes: dict[str, Any], free: int, re
         check_fits(config, Memory("cuda", "GPU", free * GIB, free * GIB, (8, 6)))
 
 
+@pytest.mark.parametrize(("free", "fits"), [(2_936_012_800, True), (2_936_012_799, False)])
+def test_offloaded_activations_must_fit_into_main_memory(monkeypatch, free: int, fits: bool) -> None:
+    """Inputs of 35 of 36 layers, 16,384 tokens, 2,560 numbers of two bytes."""
+    monkeypatch.setattr(machine, "memory", lambda: (64 * GIB, free))
+    trainer = {"activation_checkpointing": True, "offload_activations": True}
+    config = configured(QWEN3_4B, rollout={"engine": "transformers"}, trainer=trainer)
+    if fits:
+        assert check_fits(config, H200).pinned == free
+        return
+    with pytest.raises(ConfigError, match=r"takes 2\.73 GiB of main memory, 2\.73 GiB of 64\.00 GiB are free: lower"):
+        check_fits(config, H200)
+
+
 # Qwen3-4B in bf16, 32 sequences of 2,560 tokens, LoRA rank 16
 WEIGHTS = 8_044_936_192
 ENGINE = RUNTIME + 7 * 36 * 5 * 2**17 + 8192 * 3 * (2560 + 9728) * 2 + 66_060_288
