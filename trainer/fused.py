@@ -34,7 +34,7 @@ from posttrain.trainer.families import FAMILIES, Family
 from posttrain.trainer.lora import ADAPTER
 from posttrain.trainer.model import HALF_HIDDEN_TOLERANCE, PackedModel
 from posttrain.trainer.offload import OUTPUT_USED
-from posttrain.trainer.quantized import QuantizedLinear
+from posttrain.trainer.quantized import QuantizedLinear, use_kernels
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ def fuse(model: PackedModel) -> Report:
     with _adapter_at_work(model.causal_lm):
         before = _probe(model)
         report = _replace(model.backbone)
+        use_kernels(model.causal_lm, "triton")
         after = _probe(model)
     distance = ((after - before).norm() / before.norm()).item()
     if not distance <= (FLOAT32_TOLERANCE if dtype == torch.float32 else HALF_HIDDEN_TOLERANCE):

@@ -54,8 +54,8 @@ def test_under_the_interpreter():
     run_interpreted(__file__, at_least=30)
 
 
-def saved(folder, family):
-    return save_tiny(folder, {"smollm2": "llama"}.get(family, family), **ARCHITECTURES.get(family, {}))
+def saved(folder, family, **changes):
+    return save_tiny(folder, {"smollm2": "llama"}.get(family, family), **ARCHITECTURES.get(family, {}) | changes)
 
 
 def waken(model):
@@ -191,7 +191,9 @@ def test_adapter_switched_off(tmp_path, family):
 def test_quantized_base(tmp_path, family, scheme):
     if scheme == "nf4":
         pytest.importorskip("bitsandbytes")
-    model, adapted, report = on_kernels(saved(tmp_path, family), quantization=scheme)
+    # bitsandbytes' code for the host mistakes absmax where a row is no whole number of blocks.
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16} if scheme == "nf4" else {}
+    model, adapted, report = on_kernels(saved(tmp_path, family, **sizes), quantization=scheme)
     assert not report.left
     assert any(isinstance(module, QuantizedLinear) for module in model.backbone.modules())
     assert_same(model, adapted, plain(tmp_path, like=model.causal_lm))
@@ -256,7 +258,7 @@ def test_names_classes_and_files_stay(tmp_path):
 @runs
 def test_trainer_on_kernels_and_without_agree(tmp_path):
     folder = saved(tmp_path, "qwen3")
-    batch = packed(sequences([9, 14, 6]))
+    batch = packed(sequences([5, 3]))
     results = {}
     for kernels in ("triton", "reference"):
         trainer = trainer_of(folder, dtype="float32", kernels=kernels)
