@@ -6,8 +6,8 @@ A weight is ``code · absmax`` in float32, rounded to the type of the result, in
 matrix: the sampler, which multiplies few rows by the packed weight, and the trainer, which multiplies many by the
 dequantized one, run the same policy.
 
-The 16 codes lie in the registers of a half-warp, one in each thread, and a nibble is looked up by a shuffle: no memory,
-no table in shared memory, no bank conflicts, and the shuffle itself drops the bits above the nibble.
+The 16 codes lie in the registers of a half-warp, one in each thread, and a nibble is looked up by a shuffle, which
+itself drops the bits above it: about five instructions a weight in all, a fifth of them shuffles.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Tiles(NamedTuple):
     """Up to this many rows of x."""
     block_m: int
     block_n: int
-    """Outputs; 16 for each warp, so that every warp unpacks weights of its own."""
+    """Outputs; at least 16 for each warp, so that every warp unpacks weights of its own."""
     block_k: int
     warps: int
     stages: int
@@ -175,40 +175,38 @@ def _codes(device: torch.device) -> Tensor:
     return torch.tensor(NF4_CODE, device=device)
 
 
-def _own_code() -> str:
-    """PTX that gives each thread of a half-warp its code: thread i of 16 that of nibble i."""
+def _hold_codes() -> str:
+    """PTX that declares ``nf4_code``, a register, and gives each thread of a half-warp its code: thread i that of i."""
     bits = [struct.unpack("<I", struct.pack("<f", code))[0] for code in NF4_CODE]
     chosen = " ".join(
-        f"setp.eq.u32 mine, lane, {index}; selp.b32 $0, {value:#x}, $0, mine;" for index, value in enumerate(bits)
+        f"setp.eq.u32 mine, lane, {index}; selp.b32 nf4_code, {value:#x}, nf4_code, mine;"
+        for index, value in enumerate(bits)
     )
     return (
-        "{ .reg .u32 lane; .reg .pred mine; mov.u32 lane, %laneid; and.b32 lane, lane, 15; mov.b32 $0, 0; "
-        + chosen
-        + " }"
+        ".reg .b32 nf4_code; mov.b32 nf4_code, 0; mov.b32 $0, $1; "
+        "{ .reg .u32 lane; .reg .pred mine; mov.u32 lane, %laneid; and.b32 lane, lane, 15; " + chosen + " }"
     )
 
 
-_OWN_CODE = tl.constexpr(_own_code())
+# The register is a name in PTX and no tensor: the compiler may move what it knows of between threads, and it unpacks
+# weights in the layout of the tensor cores' operand (instead of passing 16-bit weights through shared memory) only
+# where they follow from loaded values alone.
+_HOLD_CODES = tl.constexpr(_hold_codes())
 # Lanes 0 to 15 and 16 to 31 among themselves; of the index only the low four bits count.
-_LOOK_UP = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x101f, 0xffffffff;")
+_LOOK_UP = tl.constexpr("shfl.sync.idx.b32 $0, nf4_code, $1, 0x101f, 0xffffffff;")
 
 
 @triton.jit
-def _own_codes(seed: tl.tensor) -> tl.tensor:
-    """The code that this thread holds for its half-warp, in ``seed``'s shape; the seed's values do not matter.
-
-    In the product the seed is something loaded: only over loaded values and what follows from them does the compiler
-    (Triton 3.6, 3.7) unpack weights in the layout of the tensor cores' operand, instead of passing 16-bit weights
-    through shared memory.
-    """
-    return tl.inline_asm_elementwise(_OWN_CODE, "=r,r", [seed], dtype=tl.uint32, is_pure=True, pack=1)
+def _hold_codes_in_registers() -> None:
+    """Before the first ``_looked_up``, once in a kernel."""
+    tl.inline_asm_elementwise(_HOLD_CODES, "=r,r", [0], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
-def _looked_up(nibble: tl.tensor, own_codes: tl.tensor, code_ptr: tl.tensor, SHUFFLE: tl.constexpr) -> tl.tensor:
+def _looked_up(nibble: tl.tensor, code_ptr: tl.tensor, SHUFFLE: tl.constexpr) -> tl.tensor:
     """float32 codes of uint32 whose low four bits are the index."""
     if SHUFFLE:
-        bits = tl.inline_asm_elementwise(_LOOK_UP, "=r,r,r", [own_codes, nibble], dtype=tl.uint32, is_pure=True, pack=1)
+        bits = tl.inline_asm_elementwise(_LOOK_UP, "=r,r", [nibble], dtype=tl.uint32, is_pure=True, pack=1)
         return bits.to(tl.float32, bitcast=True)
     else:
         return tl.load(code_ptr + (nibble & 15))
@@ -231,6 +229,8 @@ def _dequantize_nf4_kernel(
     BLOCK_SIZE: tl.constexpr,
 ) -> None:
     """BLOCKS blocks of the flat matrix; NESTED: how many absmax share a scale, 0: they are float32."""
+    if SHUFFLE:
+        _hold_codes_in_registers()
     first = tl.program_id(0).to(tl.int64) * BLOCKS
     offs_block = first + tl.arange(0, BLOCKS)
     offs_byte = first * (BLOCK_SIZE // 2) + tl.arange(0, BLOCKS * BLOCK_SIZE // 2)
@@ -244,10 +244,9 @@ def _dequantize_nf4_kernel(
         scale = tl.load(outer_scale_ptr + offs_block // NESTED, mask=mask_block, other=0.0)
         absmax = tl.load(outer_code_ptr + absmax.to(tl.int32)) * scale + tl.load(offset_ptr)
     wide = bits.to(tl.uint32)
-    own_codes = _own_codes(tl.zeros_like(wide)) if SHUFFLE else 0
     spread = tl.broadcast_to(absmax[:, None], (BLOCKS, BLOCK_SIZE // 2)).reshape(BLOCKS * BLOCK_SIZE // 2)
-    high = _looked_up(wide >> 4, own_codes, code_ptr, SHUFFLE) * spread
-    low = _looked_up(wide, own_codes, code_ptr, SHUFFLE) * spread
+    high = _looked_up(wide >> 4, code_ptr, SHUFFLE) * spread
+    low = _looked_up(wide, code_ptr, SHUFFLE) * spread
     kind = out_ptr.dtype.element_ty
     weights = tl.join(high.to(kind), low.to(kind)).reshape(BLOCKS * BLOCK_SIZE)
     offs_out = first * BLOCK_SIZE + tl.arange(0, BLOCKS * BLOCK_SIZE)
@@ -284,6 +283,8 @@ def _nf4_linear_kernel(
     BLOCK_K: tl.constexpr,
 ) -> None:
     """One tile of yᵀ, or one part of its sum. Neighbours share a tile of the weight: it stays in L2 between them."""
+    if SHUFFLE:
+        _hold_codes_in_registers()
     tile, part = tl.program_id(0), tl.program_id(1)
     tiles_m = tl.cdiv(M, BLOCK_M)
     offs_m = (tile % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -294,7 +295,6 @@ def _nf4_linear_kernel(
     mask_m, mask_n = offs_m < M, offs_n < N
     safe_n = tl.where(mask_n, offs_n, 0)  # a row that exists instead of a mask in the loop
     x_row, row = offs_m.to(tl.int64)[None, :] * stride_xm, safe_n.to(tl.int64)[:, None]
-    own_codes = _own_codes(tl.load(absmax_ptr + safe_n).to(tl.uint32, bitcast=True)[:, None]) if SHUFFLE else 0
 
     steps = tl.cdiv(K, BLOCK_K)
     each = tl.cdiv(steps, parts)
@@ -314,8 +314,8 @@ def _nf4_linear_kernel(
             absmax = tl.load(absmax_ptrs, mask=(at_span < K)[None, :], other=0.0)
         wide = bits.to(tl.uint32)
         spread = tl.broadcast_to(absmax[:, :, None], (BLOCK_N, SPANS, SPAN // 2)).reshape(BLOCK_N, BLOCK_K // 2)
-        high = _looked_up(wide >> 4, own_codes, code_ptr, SHUFFLE) * spread
-        low = _looked_up(wide, own_codes, code_ptr, SHUFFLE) * spread
+        high = _looked_up(wide >> 4, code_ptr, SHUFFLE) * spread
+        low = _looked_up(wide, code_ptr, SHUFFLE) * spread
         w = tl.join(high.to(x.dtype), low.to(x.dtype)).reshape(BLOCK_N, BLOCK_K)
         acc = tl.dot(w, x, acc, input_precision="ieee")
 

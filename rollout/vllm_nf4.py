@@ -34,7 +34,8 @@ def use_packed_product(model: nn.Module, like: Tensor) -> None:
     """
     warm: set[tuple[int, int, bool]] = set()
     for name, module in model.named_modules():
-        weight, method = getattr(module, "weight", None), getattr(module, "quant_method", None)
+        weight: Any = getattr(module, "weight", None)
+        method = getattr(module, "quant_method", None)
         states = getattr(weight, "bnb_quant_state", None)
         if method is None or not states:
             continue

@@ -149,7 +149,7 @@ def sweep_tiles(rows: int) -> None:
     layers = [Layer(name) for name in ("qkv", "o", "gate_up", "down")]
     inputs = {layer.name: torch.randn(rows, layer.shape[1], device="cuda").to(BFLOAT16) for layer in layers}
     block_m = max(8, 1 << (rows - 1).bit_length())
-    shapes = [(16, 1), (32, 2), (64, 4)] if block_m <= 16 else [(32, 2), (64, 4), (128, 8)]
+    shapes = [(32, 2), (64, 2), (64, 4)] if block_m <= 16 else [(64, 2), (64, 4), (128, 8)]
     found = []
     for (block_n, warps), block_k, stages, programs in itertools.product(shapes, (64, 128, 256), (3, 5), (2, 4, 8)):
         nf4.TILES = (nf4._Tiles(rows, block_m, block_n, block_k, warps, stages, programs),)
