@@ -94,4 +94,7 @@ def _context(segments: Segments, index: int) -> tuple[int, int]:
 
 
 def _table(rows: Sequence[tuple[int, ...]], columns: int, segments: Segments) -> Tensor:
-    return torch.tensor(rows, dtype=torch.int32).view(-1, columns).to(segments.cu_seqlens.device)
+    table, device = torch.tensor(rows, dtype=torch.int32).view(-1, columns), segments.cu_seqlens.device
+    if device.type == "cuda":
+        table = table.pin_memory()  # from other memory the host would wait for all that the GPU has still to do
+    return table.to(device, non_blocking=True)
