@@ -24,8 +24,10 @@ HERE = Path(__file__).parent
         "fp8_linear",
         "nf4_linear",
         "token_logprobs",
+        "lora_products",
         "elementwise_tiles",
         "training_step",
+        "memory_model",
     ],
 )
 def test_each_script_explains_itself(script: str):
