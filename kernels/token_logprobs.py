@@ -145,7 +145,7 @@ class _TrainableHead(torch.autograd.Function):
         if dtype == torch.float16:
             dtype = torch.float32  # probabilities of rare tokens are below what float16 holds
         count, vocabulary = hidden.shape[0], weight.shape[0]
-        memory = hidden.new_empty(min(ROWS, count) * head.chunk, dtype=torch.float32)
+        memory = torch.empty(min(ROWS, count) * head.chunk, dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if need_hidden else None
         grad_weight = torch.zeros_like(weight) if need_weight else None
         grad_bias = torch.zeros_like(bias) if need_bias else None
@@ -183,9 +183,9 @@ def _sweep(
     (count, width), vocabulary = hidden.shape, weight.shape[0]
     dtype = _operand_dtype(hidden, weight)
     most = min(ROWS, count)
-    memory = hidden.new_empty(most * head.chunk, dtype=torch.float32)
+    memory = torch.empty(most * head.chunk, dtype=torch.float32, device=hidden.device)
     beside = torch.empty_like(memory) if directions > 1 and dtype == torch.float32 else memory
-    sums = [hidden.new_empty(most, width, dtype=torch.float32) for _ in range(directions)]
+    sums = [torch.empty(most, width, dtype=torch.float32, device=hidden.device) for _ in range(directions)]
     kept = [torch.empty_like(hidden, memory_format=torch.contiguous_format) for _ in range(directions)]
     blocks = []
     for low in range(0, count, ROWS):

@@ -179,7 +179,7 @@ def _capped(z: tl.tensor, inner: tl.tensor, outer: tl.tensor, HAS_SOFTCAP: tl.co
         return inner * z, 1.0
 
 
-@triton.jit(do_not_specialize=["directions", "H"])
+@triton.jit(do_not_specialize=["directions", "H", "stride_s"])
 def _tile_fwd_kernel(
     z_ptr: tl.tensor,
     e_ptr: tl.tensor,
@@ -261,7 +261,7 @@ def _tile_fwd_kernel(
                 tl.store(a_ptr + at, decay * a, mask=mask_h)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_c"])
 def _directions_kernel(
     w_ptr: tl.tensor,
     targets_ptr: tl.tensor,
@@ -295,7 +295,7 @@ def _directions_kernel(
         tl.store(v_ptr + row * stride_un + offs_h, v.to(v_ptr.dtype.element_ty), mask=mask_h)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_s"])
 def _tile_bwd_kernel(
     z_ptr: tl.tensor,
     g_ptr: tl.tensor,

@@ -314,7 +314,7 @@ def test_memory_does_not_grow_with_the_vocabulary():
 
 
 POINTERS = {"z_ptr": "fp32", "targets_ptr": "i64", "stats_ptr": "fp32"}
-SIZES = ("stride_zn", "stride_s", "start", "columns")
+SIZES = ("stride_zn", "start", "columns")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
@@ -358,5 +358,5 @@ def test_directions_compile(capability, two):
     pointers = {"w_ptr": element, "targets_ptr": "i64", "c_ptr": "fp32", "a_ptr": "fp32", "b_ptr": "fp32"}
     pointers |= {"u_ptr": element, "v_ptr": element}
     constants = {"stride_wh": 1, "TWO": two, "BLOCK_H": 1024}
-    aligned = ("H", "stride_wv", "stride_c", "stride_an", "stride_un")
+    aligned = ("H", "stride_wv", "stride_an", "stride_un")
     compiled(vocabulary_tiles._directions_kernel, capability, pointers, constants, aligned=aligned)
