@@ -51,15 +51,17 @@ def count_activations(config: Config, model: Any, size: int, length: int, on_gpu
     """``size``: bytes of a number in the model's type; ``length``: of the longest sequence.
 
     Without checkpointing every layer keeps what it needs; with it, its input, and one layer at a time is whole.
-    Offloaded inputs are on the GPU while they come and go: two of them.
+    Offloaded inputs are on the GPU while they come and go: two of them. ``auto`` counts as without
+    (``rl.memory.settled`` decides).
     """
     trainer, text = config.trainer, model.config.get_text_config()
     kernels = trainer.kernels == "triton" or (trainer.kernels == "auto" and on_gpu and size < 8)
     fused = kernels and trainer.method == "lora" and text.model_type in ON_KERNELS
     token = _fused(trainer, model, size) if fused else _plain(model, size, length, kernels)
     tokens_T, layers, an_input = _tokens(config, length), text.num_hidden_layers, text.hidden_size * size
-    offloaded = layers - 1 if trainer.activation_checkpointing and trainer.offload_activations and on_gpu else 0
-    if trainer.activation_checkpointing:
+    recomputed = trainer.activation_checkpointing is True
+    offloaded = layers - 1 if recomputed and trainer.offload_activations and on_gpu else 0
+    if recomputed:
         inputs = min(layers, 2) if offloaded else layers
         peak = inputs * an_input + max(token.layer + token.working, token.head)
     else:

@@ -12,7 +12,7 @@ from posttrain import __version__
 from posttrain.rl import machine
 from posttrain.rl.footprint import estimate_memory, uses_vllm
 from posttrain.rl.machine import GIB, Gpu
-from posttrain.rl.memory import available, check_fits, split
+from posttrain.rl.memory import available, check_fits, settled, split
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -129,6 +129,7 @@ def fit(config: Config) -> str:
     if memory is not None and memory.kind == "cuda" and uses_vllm(config, on_gpu=True):
         return f"fits: {split(config, memory).describe()}"
     check_fits(config, memory)
+    config = settled(config, memory)
     return f"fits; with every prompt and completion at its limit: {estimate_memory(config, memory).describe()}"
 
 

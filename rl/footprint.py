@@ -79,6 +79,8 @@ class MemoryEstimate:
     """Without which it cannot run: vLLM asks for one sequence at its longest."""
     sequences: int
     """Sequences that one engine decodes at once."""
+    recomputed: bool
+    """Activations are, in the backward pass (``trainer.activation_checkpointing``)."""
     overlapped: bool
     """Sampling goes on while the trainer works (``rollout.max_staleness``)."""
 
@@ -119,6 +121,11 @@ class MemoryEstimate:
         """How many parameters."""
         return f"{self.parameters / 1e6:,.4g}M parameters, {self.trainable / 1e6:,.4g}M trained"
 
+    @property
+    def kind_of_activations(self) -> str:
+        """What to call them."""
+        return "recomputed activations" if self.recomputed else "activations"
+
     def parts(self, *, least: bool = False) -> str:
         """Every part that is not empty, at its most or its least."""
         parts = {
@@ -128,7 +135,7 @@ class MemoryEstimate:
             "adapter": self.adapter,
             "gradients": self.gradients,
             "optimizer": self.optimizer,
-            "activations": self.activations // 2 if least else self.activations,
+            self.kind_of_activations: self.activations // 2 if least else self.activations,
             "KV cache": self.kv_least if least else self.kv_cache,
         }
         return ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
@@ -187,6 +194,7 @@ def estimate_memory(
         kv_cache=kv_cache,
         kv_least=kv_least,
         sequences=sequences,
+        recomputed=trainer.activation_checkpointing is True,
         overlapped=config.rollout.max_staleness > 0,
     )
 

@@ -14,7 +14,17 @@ from posttrain.rl.machine import GIB, Gpu, Memory, gib
 if TYPE_CHECKING:
     from posttrain.rl.config import Config
 
-__all__ = ["Memory", "MemoryEstimate", "MemorySplit", "available", "budget", "check_fits", "estimate_memory", "split"]
+__all__ = [
+    "Memory",
+    "MemoryEstimate",
+    "MemorySplit",
+    "available",
+    "budget",
+    "check_fits",
+    "estimate_memory",
+    "settled",
+    "split",
+]
 
 SHARE = 95
 """Percent of what is free that a run takes unless told; the rest is for fragments, and for what others start."""
@@ -55,7 +65,7 @@ class MemorySplit:
             f"{needed.numbers()}, {gib(self.budget)} to share: weights {gib(self.weights)}, "
             f"engine {gib(self.engine)}, then {turns} KV cache {gib(self.kv_cache)} "
             f"({self.sequences} sequences could use {gib(needed.kv_cache)}) and trainer {gib(self.trainer)} "
-            f"(needs {gib(needed.training)} and for activations at most {gib(needed.activations)})"
+            f"(needs {gib(needed.training)} and for {needed.kind_of_activations} at most {gib(needed.activations)})"
         )
 
 
@@ -94,6 +104,21 @@ def budget(config: Config, memory: Memory) -> int:
     return int(config.gpu_memory_gib * GIB) if config.gpu_memory_gib else memory.free * SHARE // 100
 
 
+def settled(config: Config, memory: Memory | None) -> Config:
+    """``config`` with ``trainer.activation_checkpointing`` true or false: auto is true where the largest micro-batch
+    does not fit into a GPU without, beside all that is there at the same time.
+    """
+    if config.trainer.activation_checkpointing != "auto":
+        return config
+    fits = True
+    if memory is not None and memory.kind == "cuda":
+        needed = estimate_memory(config, memory)
+        beside = needed.kv_cache if needed.overlapped else 0
+        fits = needed.fixed + needed.activations + beside <= budget(config, memory)
+    trainer = config.trainer.model_copy(update={"activation_checkpointing": not fits})
+    return config.model_copy(update={"trainer": trainer})
+
+
 def split(config: Config, memory: Memory) -> MemorySplit:
     """Divide a GPU between vLLM and the trainer; raises ``ConfigError`` with the figures where it cannot be.
 
@@ -118,6 +143,7 @@ def check_fits(config: Config, memory: Memory | None = None, *, longest_prompt: 
     (vLLM makes room for ``data.max_prompt_tokens`` from the start).
     """
     memory = memory or available(config.trainer.device, config.gpus)
+    config = settled(config, memory)
     vllm = uses_vllm(config, memory is not None and memory.kind == "cuda")
     if vllm and memory is not None and memory.kind == "cuda":
         _check_shareable(config, memory)

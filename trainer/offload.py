@@ -13,6 +13,7 @@ Shape letters: T packed tokens, H hidden.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
 from posttrain.rl.errors import EngineError
+
+log = logging.getLogger(__name__)
 
 SEGMENT = 256 * 2**20
 """Bytes of host memory that are pinned at once: a power of two, which torch's pinned allocator rounds up to."""
@@ -44,6 +47,7 @@ def checkpoint_layers(backbone: nn.Module, device: torch.device, *, offload: boo
     if not layers:
         raise EngineError(f"{type(backbone).__name__} has no layers to recompute: {REMEDY}")
     memory = HostMemory(device) if offload else None
+    log.info("%d layers are recomputed%s", len(layers), ", their inputs wait in host memory" if offload else "")
     for layer in layers:
         layer.forward = _Recomputing(layer, memory, stays=memory is None or layer is layers[-1])
     return memory

@@ -96,7 +96,7 @@ class Trainer:
             from posttrain.trainer.fused import fuse  # imports triton
 
             fuse(self._model)
-        if trainer.activation_checkpointing:
+        if trainer.activation_checkpointing is True:  # auto has been settled by whoever knows what else needs memory
             self._model.enable_checkpointing(offload=trainer.offload_activations)
         self._loss_scale = FLOAT16_LOSS_SCALE if self._causal_lm.dtype == torch.float16 else 1.0
         self._optimizer = Optimizer(self._weights, trainer, self._loss_scale)

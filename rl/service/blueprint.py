@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.rl.errors import EngineError
 from posttrain.rl.machine import GIB, gib
-from posttrain.rl.memory import available, estimate_memory, split
+from posttrain.rl.memory import available, estimate_memory, settled, split
 
 if TYPE_CHECKING:
     from posttrain.rl.config import Config
@@ -124,7 +124,8 @@ class Blueprint:
         memory = available(config.trainer.device, config.gpus) if gpu else None
         known = memory is not None and memory.kind == "cuda"  # the driver's tool gives figures
         model = config.model.model_copy(update={"name": source, "random": None})
-        sized = config.model_copy(update={"model": model})
+        sized = settled(config.model_copy(update={"model": model}), memory)
+        config = config.model_copy(update={"trainer": sized.trainer})
         if name == "vllm" and memory is not None and known:
             shares = split(sized, memory)
             room = Room(shares.kv_cache, shares.sequences)

@@ -12,11 +12,13 @@ from posttrain.rl.config import build
 from posttrain.rl.errors import ConfigError, EngineError
 from posttrain.rl.footprint import BESIDE, RUNTIME
 from posttrain.rl.machine import GIB, Gpu, Memory, Process
-from posttrain.rl.memory import available, check_fits, estimate_memory, split
+from posttrain.rl.memory import available, check_fits, estimate_memory, settled, split
 from tests.rl.architectures import CPU, GPU, H200, QWEN3_4B, SMALL, configured
 
 SHORT = {"engine": "vllm", "prompts_per_step": 4, "group_size": 8, "max_tokens": 512}
 WIDE_CACHE = {"model": {"random": {"config": {**QWEN3_4B, "num_key_value_heads": 32}}}}
+KEEPING = {"trainer": {"activation_checkpointing": False}}
+RECOMPUTED = {"activation_checkpointing": True}
 SAVING = {"trainer": {"activation_checkpointing": True, "micro_batch_tokens": 8192}}
 
 
@@ -47,12 +49,12 @@ def test_a_model_that_fits_and_one_that_does_not() -> None:
         ({"trainer": {"method": "full"}}, 24, 'trainer.method = "lora"'),
         ({}, 5, "smaller model"),
         ({"rollout": {"engine": "vllm"}, "trainer": {"micro_batch_tokens": 2048}}, 8, 'model.quantization = "nf4"'),
-        ({"rollout": {"engine": "vllm"}}, 24, "activation_checkpointing"),
+        ({"rollout": {"engine": "vllm"}, **KEEPING}, 24, "activation_checkpointing"),
         ({"rollout": {"engine": "vllm", "kv_cache_gib": 23}, **SAVING}, 24, "lower rollout.kv_cache_gib"),
         ({"rollout": {"engine": "vllm", "max_tokens": 120_000}, **SAVING}, 24, "micro_batch_tokens or rollout.max_tok"),
         ({"rollout": {"engine": "vllm", "max_tokens": 40_000}, **SAVING, **WIDE_CACHE}, 24, "lower data.max_prompt"),
         ({"rollout": {"engine": "vllm", "max_staleness": 1, "kv_cache_gib": 12}, **SAVING}, 24, "max_staleness = 0"),
-        ({"rollout": {"engine": "transformers", "max_tokens": 4096}}, 24, "activation_checkpointing"),
+        ({"rollout": {"engine": "transformers", "max_tokens": 4096}, **KEEPING}, 24, "activation_checkpointing"),
         (
             {
                 "rollout": {"engine": "transformers", "max_tokens": 8192},
@@ -80,6 +82,35 @@ def test_offloaded_activations_must_fit_into_main_memory(monkeypatch, free: int,
         return
     with pytest.raises(ConfigError, match=r"takes 2\.73 GiB of main memory, 2\.73 GiB of 64\.00 GiB are free: lower"):
         check_fits(config, H200)
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_activations_are_recomputed_where_they_do_not_fit_otherwise(staleness: int) -> None:
+    """auto: at the last byte it changes; with sampling at the same time its cache counts, too."""
+    rollout = {**SHORT, "max_staleness": staleness}
+    keeping = estimate_memory(configured(QWEN3_4B, rollout=rollout, **KEEPING), H200)
+    most = keeping.fixed + keeping.activations + staleness * keeping.kv_cache
+    config = configured(QWEN3_4B, rollout=rollout)
+    assert config.trainer.activation_checkpointing == "auto"
+
+    def on(budget: int) -> Any:
+        return config.model_copy(update={"gpu_memory_gib": budget / GIB})
+
+    assert settled(on(most), H200).trainer.activation_checkpointing is False
+    assert settled(on(most - 1), H200).trainer.activation_checkpointing is True
+    enough, scarce = split(on(most), H200), split(on(most - 1), H200)
+    assert enough.needed.activations == keeping.activations
+    assert scarce.needed == estimate_memory(configured(QWEN3_4B, rollout=rollout, trainer=RECOMPUTED), H200)
+    assert "for recomputed activations at most" in scarce.describe() and "for activations at" in enough.describe()
+
+
+def test_what_is_said_about_recomputation_is_done_and_auto_means_no_beside_main_memory() -> None:
+    for given in (True, False):
+        config = configured(QWEN3_4B, trainer={"activation_checkpointing": given})
+        for place in (H200, replace(H200, free=9 * GIB), CPU, None):
+            assert settled(config, place) is config
+    for place in (replace(CPU, free=GIB), None):
+        assert settled(configured(QWEN3_4B), place).trainer.activation_checkpointing is False
 
 
 # Qwen3-4B in bf16, 32 sequences of 2,560 tokens, LoRA rank 16
@@ -117,7 +148,8 @@ def test_the_kv_cache_has_what_the_trainer_does_not_always_hold() -> None:
 
 
 def test_at_once_the_largest_micro_batch_goes_first_and_one_sequence_always_fits() -> None:
-    config = configured(QWEN3_4B, rollout={**SHORT, "max_staleness": 1}, trainer={"micro_batch_tokens": 4096})
+    keeping = {"micro_batch_tokens": 4096, "activation_checkpointing": False}
+    config = configured(QWEN3_4B, rollout={**SHORT, "max_staleness": 1}, trainer=keeping)
     activations = estimate_memory(config, H200).activations
     fixed = WEIGHTS + ENGINE + OUTSIDE + TRAINING
 
@@ -169,7 +201,8 @@ BUSY = replace(H200, free=12 * GIB, processes=(Process(1234, "python3", 110 * GI
 
 
 def test_a_run_on_a_busy_gpu_is_refused_with_the_numbers() -> None:
-    config = configured(QWEN3_4B, rollout=SHORT, trainer={"micro_batch_tokens": 4096})
+    keeping = {"micro_batch_tokens": 4096, "activation_checkpointing": False}
+    config = configured(QWEN3_4B, rollout=SHORT, trainer=keeping)
     least = (WEIGHTS + ENGINE + OUTSIDE + TRAINING + estimate_memory(config, H200).activations // 2) / GIB
     with pytest.raises(ConfigError) as caught:
         check_fits(config, BUSY)

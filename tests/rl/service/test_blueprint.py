@@ -43,6 +43,19 @@ def test_engine_and_trainer_get_their_shares_of_the_gpu(monkeypatch, tmp_path) -
     assert sampler.args[2].max_model_len == config.max_model_len
 
 
+@pytest.mark.parametrize(("short_of", "recomputed"), [(0, False), (1, True)])
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+def test_the_trainer_is_told_whether_it_recomputes(monkeypatch, tmp_path, engine, short_of, recomputed) -> None:
+    config = from_settings(**settings(engine=engine, group_size=64, max_tokens=2000))
+    source = materialize(config.model, tmp_path / "model")
+    pretend(monkeypatch, gpu=True)
+    needed = estimate_memory(config, CARD)
+    config = config.model_copy(update={"gpu_memory_gib": (needed.fixed + needed.activations - short_of) / GIB})
+    made = Blueprint.of(config, source)
+    assert made.make_trainer(None, None).args[2].activation_checkpointing is recomputed
+    assert made.config.trainer.activation_checkpointing is recomputed
+
+
 def test_a_run_never_claims_more_than_its_budget(monkeypatch, tmp_path) -> None:
     config = from_settings(**settings(engine="vllm", gpu_memory_gib=1.65, max_tokens=60_000, group_size=64))
     pretend(monkeypatch, gpu=True)
