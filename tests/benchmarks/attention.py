@@ -56,10 +56,8 @@ def main() -> None:
 
 def compare(shape: str) -> None:
     """A table over all packs."""
-    print(
-        f"heads {SHAPES[shape]}: TFLOP/s (ms), forward | backward; and the whole as a share of flash attention's speed"
-    )
-    print("| pack | ours | flash attention | share |\n|---|---|---|---|")
+    print(f"heads {SHAPES[shape]}: TFLOP/s (ms); the last column is flash attention's time by ours")
+    print("| pack | ours, forward | backward | flash, forward | backward | ratio |\n|---|---|---|---|---|---|")
     for name, (lengths, prompts) in PACKS.items():
         own, apart = Segments.of(lengths, prompts, "cuda"), unshared(lengths, prompts)
         tensors = problem(SHAPES[shape], own.bounds[-1])
