@@ -204,7 +204,7 @@ def test_into_how_many_programs_the_heads_are_divided(group, wanted, parts):
     assert ours.head_parts(group, wanted) == parts
 
 
-on_gpu = pytest.mark.gpu(pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU"))
+absent = pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU")
 LONG = {
     "apart": ([1000, 333, 1, 716], None),
     "groups": ([700, 256, 40, 300, 1, 129, 600, 25], [0, 0, 0, 0, 4, 5, 5, 5]),
@@ -221,7 +221,8 @@ def flash(q, k, v, lengths):
     return varlen_attn(q.contiguous(), k, v, bounds, bounds, longest, longest, scale=SCALE, window_size=(-1, 0))
 
 
-@on_gpu
+@pytest.mark.gpu
+@absent
 @pytest.mark.parametrize("pack", LONG)
 @pytest.mark.parametrize(("rule", "heads"), [
     ({}, (8, 2, 128)), ({}, (6, 2, 64)), ({"window": 300}, (4, 4, 96)), ({"softcap": 5.0}, (4, 1, 256)),
@@ -241,7 +242,8 @@ def test_real_tiles_in_bfloat16(pack, rule, heads, filled_with_nan):
         assert all(torch.equal(one, two) for one, two in zip(again, found)), "other bits the next time"
 
 
-@on_gpu
+@pytest.mark.gpu
+@absent
 @pytest.mark.parametrize("width", [64, 128])
 def test_as_near_to_float64_as_flash_attention(width):
     lengths = LONG["apart"][0]
