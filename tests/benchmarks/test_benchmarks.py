@@ -26,6 +26,7 @@ HERE = Path(__file__).parent
         "token_logprobs",
         "lora_products",
         "elementwise_tiles",
+        "shared_attention",
         "training_step",
         "memory_model",
     ],

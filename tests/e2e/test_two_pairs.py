@@ -52,11 +52,11 @@ def assert_the_same(result: rl.RunResult, alone: rl.RunResult) -> None:
         for key, value in expected.items():
             if key.startswith(EXACT):
                 assert row[key] == value, key
-            else:  # the sampler's logprobs go through float32 on their way: 1e-7 of them may turn the other way
-                assert row[key] == pytest.approx(value, rel=1e-9, abs=1e-12), key
+            else:  # transformers' norms and the sampler's logprobs are float32: 1e-7 of them may turn the other way
+                assert row[key] == pytest.approx(value, rel=1e-6, abs=1e-7), key
     ours, theirs = (load_file(r.checkpoint / "adapter_model.safetensors") for r in (result, alone))
     for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-6, atol=1e-8)
     assert max(float(tensor.abs().max()) for name, tensor in theirs.items() if "lora_B" in name) > 1e-3
 
 
