@@ -14,7 +14,9 @@ from torch import Tensor
 from posttrain.rl.packing import families
 
 LEAST_SAVING = 0.03
-"""Share of a pack's tokens from which on prompts are shared: below it, attention over a plain pack may be faster."""
+"""Share of a pack's tokens from which on prompts are shared: below it, attention over a plain pack may be faster. The
+token budget (``rl.packing``) counts them as shared all the same: it is exceeded by this much at most.
+"""
 
 
 class Layout(NamedTuple):
