@@ -29,8 +29,8 @@ class _Tiles(NamedTuple):
     most_warps: int
 
 
-FORWARD = _Tiles(4096, 16, 32)
-BACKWARD = _Tiles(4096, 16, 16)
+FORWARD = _Tiles(4096, 32, 32)
+BACKWARD = _Tiles(4096, 32, 16)
 PROGRAMS = 4
 """On a multiprocessor, where the weight's gradient is summed: each walks over its share of the rows."""
 

@@ -26,7 +26,7 @@ class _Tiles(NamedTuple):
 
 
 FORWARD = _Tiles(4096, 32)
-NORM_BACKWARD = _Tiles(4096, 16)
+NORM_BACKWARD = _Tiles(4096, 32)
 PROGRAMS = 4
 """On a multiprocessor, where the weights' gradients are summed: each walks over its share of the tokens."""
 

@@ -37,10 +37,9 @@ class Optimizer:
     a bfloat16 weight swallows updates below 0.4% of itself, and gradients summed in bfloat16 depend on the split.
     """
 
-    def __init__(self, weights: Mapping[str, nn.Parameter], config: TrainerConfig, loss_scale: float = 1.0) -> None:
+    def __init__(self, weights: Mapping[str, nn.Parameter], config: TrainerConfig) -> None:
         self._weights = dict(weights)
         self._config = config
-        self._loss_scale = loss_scale
         self._masters: dict[str, nn.Parameter] = {}
         self._hooks = []
         for name, weight in self._weights.items():
@@ -57,8 +56,6 @@ class Optimizer:
         """
         targets = self.targets()
         gradients = [weight.grad for weight in targets.values() if weight.grad is not None]
-        if self._loss_scale != 1.0:
-            torch._foreach_mul_(gradients, 1.0 / self._loss_scale)
         norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
         if not math.isfinite(total := float(norm)):
             self._refuse(targets)

@@ -24,6 +24,7 @@ from posttrain.rl.fingerprint import checksums
 from posttrain.rl.metrics import Mean, Metric
 from posttrain.rl.types import Adapter, OptimParams, OptimResult, Publication, Scores, TrainBatch
 from posttrain.trainer import checkpoint, lora
+from posttrain.trainer.loss_scale import LossScale
 from posttrain.trainer.model import PackedModel, load_causal_lm, resolve_device, resolve_kernels
 from posttrain.trainer.optim import Optimizer
 from posttrain.trainer.publishing import AdapterBuffer
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-FLOAT16_LOSS_SCALE = 4096.0
-"""Token losses are divided by the step's token count; in float16 their gradients would underflow without it."""
 
 
 class Trainer:
@@ -98,8 +97,8 @@ class Trainer:
             fuse(self._model)
         if trainer.activation_checkpointing is True:  # auto has been settled by whoever knows what else needs memory
             self._model.enable_checkpointing(offload=trainer.offload_activations)
-        self._loss_scale = FLOAT16_LOSS_SCALE if self._causal_lm.dtype == torch.float16 else 1.0
-        self._optimizer = Optimizer(self._weights, trainer, self._loss_scale)
+        self._loss_scale = LossScale() if self._causal_lm.dtype == torch.float16 else None
+        self._optimizer = Optimizer(self._weights, trainer)
 
     def _load(self, source: str | Path, model: ModelConfig, shared: SharedWeights | None) -> PreTrainedModel:
         if self.config.method == "full" and (shared is not None or model.quantization != "none"):
@@ -267,12 +266,18 @@ class Trainer:
         raise OutOfMemory(f"the GPU's memory does not suffice for {what}: {reason}")
 
     def _backward(self, batch: TrainBatch, algorithm: Algorithm) -> Mapping[str, Metric]:
+        run = partial(self._gradients, batch, algorithm)
+        if self._loss_scale is None:
+            return run(1.0)
+        return self._loss_scale.backward(list(self._optimizer.targets().values()), run)
+
+    def _gradients(self, batch: TrainBatch, algorithm: Algorithm, loss_scale: float) -> Mapping[str, Metric]:
         given = self._on_device(batch)  # first: a copy from the host waits for everything that the GPU was told before
         logprobs, entropy = self._logprobs(batch, entropy_gradient=algorithm.needs_entropy_gradient)
         inputs = _loss_inputs(given, logprobs, entropy)
         output = algorithm.loss(inputs)
         if output.loss.requires_grad:  # a loss without any token may be a plain 0
-            (output.loss * self._loss_scale).backward()
+            (output.loss * loss_scale).backward()
         counted = torch.where(inputs.loss_mask, entropy.detach(), torch.zeros_like(entropy)).sum()
         return {**output.metrics, "policy/entropy": Mean(counted, inputs.loss_mask.sum())}
 

@@ -48,7 +48,7 @@ class Ours:
         weights = {canonical(name): weight for name, weight in self.trainer._weights.items()}
         draw_adapter(weights)
         self.trainer.forward_backward([self.batch], self.algorithm)
-        return gradients(weights, self.trainer._loss_scale)
+        return gradients(weights)
 
 
 def batch_of(task: Task, vocabulary: int) -> TrainBatch:

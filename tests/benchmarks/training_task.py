@@ -68,11 +68,11 @@ def canonical(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".default.", ".")
 
 
-def gradients(weights: Mapping[str, nn.Parameter], scale: float = 1.0) -> dict[str, Tensor]:
+def gradients(weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """float32, on the host."""
     missing = [name for name, weight in weights.items() if weight.grad is None]
     assert not missing, f"no gradient: {missing[:3]}"
-    return {name: weight.grad.float().cpu() / scale for name, weight in weights.items() if weight.grad is not None}
+    return {name: weight.grad.float().cpu() for name, weight in weights.items() if weight.grad is not None}
 
 
 def relative_error(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:

@@ -95,14 +95,6 @@ def test_gradients_of_half_precision_weights_add_up_in_float32():
     assert optimizer.step(step_params(max_grad_norm=math.inf)) == pytest.approx(259.0)
 
 
-def test_loss_scale_is_taken_out_before_clipping():
-    weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
-    optimizer = Optimizer({"w": weight}, TrainerConfig(), loss_scale=4096.0)
-    weight.grad = torch.tensor([4096.0 * 0.5]).double()
-    assert optimizer.step(step_params(1.0, eps=1.0)) == pytest.approx(0.5)
-    assert weight.item() == pytest.approx(-0.5 / 1.5)
-
-
 @pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
 def test_reset_forgets_the_moments(kind):
     if kind == "adamw_8bit":
