@@ -72,7 +72,7 @@ def measure(options: argparse.Namespace) -> list[Record]:
             continue
         command = [sys.executable, str(Path(__file__).resolve()), "--child", *arguments, "--model", str(options.model)]
         command += ["--kv-cache-gib", str(options.kv_cache_gib), "--cycles", str(options.cycles)]
-        command += ["--out", str(options.out), *(["--eager"] if options.eager else [])]
+        command += ["--out", str(options.out), *(["--eager"] if options.eager else []), "--parts", *options.parts]
         environment = {
             "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "RAY_DEDUP_LOGS": "0",
@@ -117,7 +117,8 @@ def child(options: argparse.Namespace) -> None:
         if kind == "pair":
             import pair
 
-            pair.run(pair.Settings(options.model, options.base, cache, options.cycles, options.eager))
+            parts = tuple(options.parts)
+            pair.run(pair.Settings(options.model, options.base, cache, options.cycles, options.eager, parts))
         elif kind == "decode":
             import decode
 
@@ -154,6 +155,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kv-cache-gib", type=float, default=20.0)
     parser.add_argument("--cycles", type=int, default=50)
     parser.add_argument("--eager", action="store_true", help="vLLM without CUDA graphs")
+    parts = ["storage", "sleep", "agreement", "publish", "projection", "cycles"]
+    parser.add_argument("--parts", nargs="*", default=[], choices=parts, help="of a pair; all by default")
     parser.add_argument("--seconds", type=float, default=240.0, help="limit of a case")
     parser.add_argument("--total", type=float, default=570.0, help="limit of them all")
     inner = parser.add_argument_group("one case, in this process")

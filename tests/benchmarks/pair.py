@@ -75,6 +75,8 @@ class Settings:
     kv_cache_bytes: int
     cycles: int
     eager: bool
+    only: tuple[str, ...] = ()
+    """Of the measurements after the start; all of them by default."""
 
     @property
     def model(self) -> ModelConfig:
@@ -346,6 +348,8 @@ def run(settings: Settings) -> None:
             ("cycles", session.cycle),
         ]
         for name, measure in steps:
+            if settings.only and name not in settings.only:
+                continue
             with attempt(name, case):
                 began = time.perf_counter()
                 measure()

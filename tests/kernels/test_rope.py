@@ -125,7 +125,9 @@ def test_in_place_it_is_the_same_and_touches_nothing_else(shape, interleaved, fi
     whole = q._base.clone()  # of q, k, v and the columns around them
     q_, k_ = (whole.as_strided(x.shape, x.stride(), x.storage_offset()) for x in (q, k))
     found = rope_(q_, k_, cos, sin, interleaved=interleaved)
-    assert found[0] is q_ and torch.equal(q_, expected[0]) and torch.equal(k_, expected[1])
+    assert found[0] is q_
+    for turned, wanted in zip((q_, k_), expected):  # two variants of a kernel may contract products differently
+        torch.testing.assert_close(turned, wanted, rtol=1e-6, atol=1e-6)
     rope_(q_, k_, cos, sin, interleaved=interleaved, inverse=True)
     torch.testing.assert_close(whole, q._base, rtol=1e-5, atol=1e-5)
     q_.zero_(), k_.zero_()
