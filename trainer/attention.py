@@ -187,7 +187,11 @@ def _varlen_fits(q: Tensor, v: Tensor) -> bool:
 
 
 def _triton_fits(q: Tensor, v: Tensor) -> bool:
-    """Our kernel takes heads up to 256 wide, key and value alike, in single or half precision."""
+    """Our kernel takes heads up to 256 wide, key and value alike, in single or half precision. Before Ampere Triton
+    does without tensor cores, and torch's own attention is faster.
+    """
+    if q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
+        return False
     return q.shape[-1] == v.shape[-1] <= 256 and q.dtype in (torch.float16, torch.bfloat16, torch.float32)
 
 

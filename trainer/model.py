@@ -145,12 +145,13 @@ class PackedModel:
         if not layout.lengths:
             return self.head.weight.new_zeros(0, self.head.weight.shape[1])
         ids, places = (column[layout.tokens.to(column.device)].to(self.device) for column in (input_ids, position_ids))
+        rows = layout.rows.to(self.device)  # before the layers: a copy from the host waits for what the GPU was told
         if together:
             hidden = self._run(ids, places, self._packing(layout.lengths, layout.prompts))
         else:
             parts = zip(ids.split(layout.lengths), places.split(layout.lengths), strict=True)
             hidden = torch.cat([self._run(own, place, self._packing([len(own)])) for own, place in parts])
-        return hidden[layout.rows.to(self.device)]
+        return hidden[rows]
 
     def _packing(self, lengths: Sequence[int], prompts: Sequence[int] | None = None) -> Packing:
         return Packing(Segments.of(lengths, prompts, self.device), self.kernels)

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from posttrain.kernels.reference import logprobs
-from posttrain.kernels.reference import token_logprobs
+from posttrain.kernels.reference import logprobs, token_logprobs
 
 HEADS = [
     {},
