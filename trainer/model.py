@@ -130,9 +130,9 @@ class PackedModel:
         Packed sequences, and ascending positions; best on the host. ``options``: ``temperature``, ``entropy_gradient``,
         ``chunk`` of ``kernels.token_logprobs``.
         """
+        targets = input_ids[positions].to(self.device)
         rows = self.hidden(input_ids, position_ids, cu_seqlens, positions)
         weight, bias = self.head.weight, getattr(self.head, "bias", None)
-        targets = input_ids[positions].to(self.device)
         return self._token_logprobs(
             rows, weight, targets, bias=bias, softcap=self.settings.softcap, scale=self.settings.scale, **options
         )
