@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
-from posttrain.rl.errors import RewardError
+from posttrain.rl.errors import ConfigError, RewardError
 from posttrain.rl.rewards.arguments import Sample, batch_arguments, sample_arguments
 from posttrain.rl.rewards.decorator import STYLES
 from posttrain.rl.rewards.signature import BATCH_STYLES, Signature
@@ -47,7 +47,7 @@ class Reward:
     signature: Signature
     pool: Callable[[], Pool]
     _scores: OrderedDict[bytes, list[float | None]] = field(default_factory=OrderedDict)
-    _room: asyncio.Semaphore | None = None
+    _rooms: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = field(default_factory=dict)
 
     @property
     def blocking(self) -> bool:
@@ -90,10 +90,8 @@ class Reward:
             return self._forgiven(error, part)
 
     async def _call_async(self, part: Sequence[Sample], arguments: dict[str, Any]) -> list[Outcome]:
-        if self._room is None:
-            self._room = asyncio.Semaphore(int(self.signature.tag.concurrency))
         try:
-            async with self._room, asyncio.timeout(self.signature.tag.timeout) as limit:
+            async with self._room(), asyncio.timeout(self.signature.tag.timeout) as limit:
                 with Blame(self.signature, part):
                     value = await self.signature.function(**arguments)
             return self._checked(value, part)
@@ -102,6 +100,14 @@ class Reward:
             return await self._alone(part, "timeout")
         except RewardError as error:
             return self._forgiven(error, part)
+
+    def _room(self) -> asyncio.Semaphore:
+        """Of the running event loop: a semaphore belongs to the loop it first waited in."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._rooms:
+            self._rooms = {known: room for known, room in self._rooms.items() if not known.is_closed()}
+            self._rooms[loop] = asyncio.Semaphore(int(self.signature.tag.concurrency))
+        return self._rooms[loop]
 
     async def _call_isolated(self, part: Sequence[Sample], arguments: dict[str, Any]) -> list[Outcome]:
         from posttrain.rl.rewards.pool import Crashed, Failed, TimedOut
@@ -187,7 +193,10 @@ class Reward:
 
 
 class Blame:
-    """Turns whatever the user's function raises into a ``RewardError`` with the cause chained."""
+    """Turns whatever the user's function raises into a ``RewardError`` with the cause chained.
+
+    A ``ConfigError`` stays one, and ``on_error`` does not forgive it: every other call would end the same way.
+    """
 
     def __init__(self, signature: Signature, samples: Sequence[Sample]) -> None:
         self.signature = signature
@@ -197,7 +206,7 @@ class Blame:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, RewardError):
+        if isinstance(error, Exception) and not isinstance(error, RewardError | ConfigError):
             raise self.error(type(error).__name__, str(error)) from error
 
     def error(self, kind: str, message: str, trace: str = "") -> RewardError:

@@ -21,6 +21,7 @@ ENTRY_POINTS = "posttrain.rewards"
 BUILT_INS: dict[str, str] = {
     "ends_with_answer": "posttrain.rl.rewards.text_format:ends_with_answer",
     "exact": "posttrain.rl.rewards.text_format:exact",
+    "judge": "posttrain.rl.rewards.judge:Judge",
     "math_answer": "posttrain.rl.rewards.math_answer:math_answer",
     "regex_format": "posttrain.rl.rewards.text_format:regex_format",
     "xml_tags": "posttrain.rl.rewards.text_format:xml_tags",
