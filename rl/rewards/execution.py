@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import math
+import itertools
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 from posttrain.rl.errors import ConfigError, RewardError
-from posttrain.rl.rewards.arguments import Sample, batch_arguments, sample_arguments
+from posttrain.rl.rewards.arguments import call_arguments
 from posttrain.rl.rewards.decorator import STYLES
-from posttrain.rl.rewards.signature import BATCH_STYLES, Signature
+from posttrain.rl.rewards.returned import scores
+from posttrain.rl.rewards.sample import Sample
+from posttrain.rl.rewards.signature import Signature
 
 if TYPE_CHECKING:
     from posttrain.rl.rewards.pool import Pool
@@ -73,13 +74,15 @@ class Reward:
         return [outcome for part in found if not isinstance(part, BaseException) for outcome in part]
 
     def _parts(self, samples: Sequence[Sample]) -> list[Sequence[Sample]]:
-        """What one call is given: everything, or one sample."""
-        return [samples] if self.signature.style in BATCH_STYLES else [[sample] for sample in samples]
+        """What one call is given: everything, the samples of one prompt, or one sample."""
+        if not self.signature.convention.batched:
+            return [[sample] for sample in samples]
+        if not self.signature.convention.one_group:
+            return [samples]
+        return [list(group) for _, group in itertools.groupby(samples, lambda sample: sample.prompt.id)]
 
     def _arguments(self, part: Sequence[Sample]) -> dict[str, Any]:
-        if self.signature.style in BATCH_STYLES:
-            return batch_arguments(self.signature, part, SimpleNamespace(global_step=part[0].step))
-        return sample_arguments(self.signature, part[0])
+        return call_arguments(self.signature, part)
 
     def _call(self, part: Sequence[Sample], arguments: dict[str, Any]) -> list[Outcome]:
         try:
@@ -144,9 +147,7 @@ class Reward:
         return [Outcome(0.0 if self.signature.tag.on_error == "zero" else None, "error") for _ in part]
 
     def _checked(self, value: object, part: Sequence[Sample]) -> list[Outcome]:
-        if self.signature.style in BATCH_STYLES:
-            return [Outcome(score) for score in batch_scores(self.signature, value, part)]
-        return [Outcome(one_score(self.signature, value, part[0]))]
+        return [Outcome(score) for score in scores(self.signature, value, part)]
 
     def _kept(
         self, part: Sequence[Sample], call: Callable[[Sequence[Sample], dict[str, Any]], list[Outcome]]
@@ -220,53 +221,3 @@ class Blame:
         return RewardError(
             f"reward {self.signature.name} raised {kind} on {where}: {message}{hint}{chr(10) if trace else ''}{trace}"
         )
-
-
-def batch_scores(signature: Signature, value: object, samples: Sequence[Sample]) -> list[float | None]:
-    """One score a sample out of what a function that scores a batch returned."""
-    if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__") or not hasattr(value, "__iter__"):
-        raise RewardError(
-            f"reward {signature.name} ({signature.style} style) returned {_short(value)} for {len(samples)} samples: "
-            "return a list with one number (or None) a completion"
-        )
-    values = list(value)
-    if len(values) != len(samples):
-        raise RewardError(
-            f"reward {signature.name} returned {len(values)} scores for {len(samples)} samples "
-            f"({samples[0].label} to {samples[-1].label}): return one a completion"
-        )
-    return [one_score(signature, item, sample) for item, sample in zip(values, samples, strict=True)]
-
-
-def one_score(signature: Signature, value: Any, sample: Sample) -> float | None:
-    """A finite float or ``None``; anything else is an error, never a 0."""
-    if value is None:
-        return None
-    if not isinstance(value, bool | int | float) and hasattr(value, "item"):
-        try:
-            value = value.item()  # numpy and torch scalars
-        except (ValueError, RuntimeError):
-            raise RewardError(
-                f"reward {signature.name} returned {_short(value)} on {sample.label}: return one number"
-            ) from None
-    if not isinstance(value, bool | int | float):
-        hint = (
-            ""
-            if signature.style in BATCH_STYLES
-            else '; functions that score a whole batch take completions or style="trl"'
-        )
-        raise RewardError(
-            f"reward {signature.name} returned {_short(value)} on {sample.label}: return a number, or None where it "
-            f"does not apply{hint}"
-        )
-    if not math.isfinite(value):
-        raise RewardError(
-            f"reward {signature.name} returned {float(value)} on {sample.label}: return a finite number, or None where "
-            "it does not apply"
-        )
-    return float(value)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text[:80]}{'…' if len(text) > 80 else ''}"

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.rl.errors import RewardError
 from posttrain.rl.metrics import Mean, Metric, Std, Sum
-from posttrain.rl.rewards.arguments import Sample
 from posttrain.rl.rewards.execution import Outcome, Reward
+from posttrain.rl.rewards.sample import Sample
 from posttrain.rl.rewards.signature import read
 from posttrain.rl.types import Completion, Prompt, Rollout, RolloutGroup
 
