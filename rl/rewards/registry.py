@@ -22,8 +22,12 @@ BUILT_INS: dict[str, str] = {
     "ends_with_answer": "posttrain.rl.rewards.text_format:ends_with_answer",
     "exact": "posttrain.rl.rewards.text_format:exact",
     "judge": "posttrain.rl.rewards.judge:Judge",
+    "length_penalty": "posttrain.rl.rewards.length:length_penalty",
     "math_answer": "posttrain.rl.rewards.math_answer:math_answer",
     "regex_format": "posttrain.rl.rewards.text_format:regex_format",
+    "repetition": "posttrain.rl.rewards.repetition:repetition",
+    "reward_model": "posttrain.rl.rewards.reward_model:RewardModel",
+    "soft_overlong": "posttrain.rl.rewards.length:soft_overlong",
     "xml_tags": "posttrain.rl.rewards.text_format:xml_tags",
 }
 """Reward name in a configuration → where it is; imported when it is asked for."""
