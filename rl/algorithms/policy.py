@@ -18,6 +18,7 @@ from posttrain.rl.algorithms.advantages import ADVANTAGES, AdvantageName
 from posttrain.rl.algorithms.base import AdvantageInputs, Algorithm, LossInputs, LossOutput
 from posttrain.rl.algorithms.corrections import AnyCorrection
 from posttrain.rl.algorithms.ops import KlEstimator, Tokens, aggregate, clipped_surrogate, kl_penalty
+from posttrain.rl.algorithms.overlong import ramp
 from posttrain.rl.metrics import Max, Mean, Metric, Sum
 
 if TYPE_CHECKING:
@@ -168,11 +169,9 @@ class PolicyGradient(Algorithm):
 
     def length_penalty(self, length: int, max_tokens: int) -> float:
         """DAPO, eq. 13: 0 up to the buffer, a straight line inside it, −``overlong_penalty`` from ``max_tokens`` on."""
-        buffer = self.overlong_buffer * max_tokens
-        over = length - (max_tokens - buffer)
-        if not buffer or over <= 0:
+        if not self.overlong_buffer:
             return 0.0
-        return -self.overlong_penalty * min(over / buffer, 1.0)
+        return -self.overlong_penalty * ramp(length, (1 - self.overlong_buffer) * max_tokens, max_tokens)
 
 
 class ClippedPolicyGradient(PolicyGradient):

@@ -57,7 +57,7 @@ def test_built_ins_by_name_there_and_back() -> None:
 
 def test_settings_are_bound_to_a_function_and_make_a_factorys_reward() -> None:
     pattern = resolve("regex_format", settings={"pattern": "a+", "name": "only_a"})
-    assert (pattern("aaa"), pattern("ab"), pattern.__name__) == (1.0, 0.0, "only_a")
+    assert (pattern("aaa"), pattern("ab"), read(pattern).name) == (1.0, 0.0, "only_a")
     bound = resolve("ends_with_answer", settings={"answer": "7"})
     assert (
         bound("it is 7") == 1.0 and read(bound).required == ("completion",) and read(bound).name == "ends_with_answer"
@@ -155,7 +155,7 @@ def test_lambdas_and_local_functions_are_refused() -> None:
         ("zzz", "there are .*math_answer.*module:function"),
         ("no_such_module:f", "no module no_such_module"),
         ("posttrain.rl.rewards.math_answer:nope", "has no nope; it has .*final_answer"),
-        ("posttrain.rl.rewards.math_verdict:TIMEOUT_S", "TIMEOUT_S is float, not a function"),
+        ("posttrain.rl.rewards.math_answer:TIMEOUT_S", "TIMEOUT_S is float, not a function"),
         ("absent.py:f", "no file .*absent.py"),
         (":f", "module:function"),
     ],
