@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from posttrain.rl.errors import ConfigError, RewardError
 from posttrain.rl.rewards.arguments import call_arguments
-from posttrain.rl.rewards.decorator import STYLES
+from posttrain.rl.rewards.decorator import STYLES, shortcut_of
 from posttrain.rl.rewards.returned import scores
 from posttrain.rl.rewards.sample import Sample
 from posttrain.rl.rewards.signature import Signature
@@ -117,6 +117,11 @@ class Reward:
 
         tag = self.signature.tag
         try:
+            if (quick := shortcut_of(self.signature.function)) is not None:
+                with Blame(self.signature, part):
+                    value = quick(**arguments)
+                if value is not None:
+                    return self._checked(value, part)
             value = await self.pool().call(
                 self.signature.function,
                 arguments,

@@ -19,8 +19,9 @@ import struct
 import sys
 import time
 from dataclasses import dataclass
+from typing import Any
 
-from posttrain.rl.rewards.pool_worker import serve
+from posttrain.rl.rewards.pool_worker import MARKER, serve
 from posttrain.rl.rewards.process_tree import (
     adopt_orphans,
     children,
@@ -66,7 +67,8 @@ class Keeper:
         self._report("ready")
         looked = 0.0
         while True:
-            ready, _, _ = select.select([self._control, self._pipe[0]], [], [], WATCH_S if self._wards else None)
+            waited: list[Any] = [self._control, self._pipe[0]]
+            ready, _, _ = select.select(waited, [], [], WATCH_S if self._wards else None)
             if self._pipe[0] in ready:
                 with contextlib.suppress(BlockingIOError):
                     os.read(self._pipe[0], 4096)
@@ -88,20 +90,20 @@ class Keeper:
             kill_tree(pid)
 
     def _obey(self) -> bool:
-        received = socket.recv_fds(self._control, 4, 1)
-        header, descriptors = received[0], received[1]
+        header, descriptors, _, _ = socket.recv_fds(self._control, 4, 1)
         if not header:
             return False
         header += _exactly(self._control, 4 - len(header))
         what, *arguments = json.loads(_exactly(self._control, struct.unpack("!I", header)[0]))
+        meant = [(pid, ward) for pid, ward in self._wards.items() if ward.number == arguments[0]]
         if what == "start":
-            self._start(*arguments, socket.socket(fileno=descriptors[0]))
+            number, memory_mib = arguments
+            self._start(number, memory_mib, socket.socket(fileno=descriptors[0]))
         elif what == "limit":
-            for ward in self._wards.values():
-                if ward.number == arguments[0]:
-                    ward.memory_mib = arguments[1]
+            for _, ward in meant:
+                ward.memory_mib = arguments[1]
         elif what == "kill":
-            for pid in [pid for pid, ward in self._wards.items() if ward.number == arguments[0]]:
+            for pid, _ in meant:
                 kill_tree(pid)
         else:
             assert what == "import", what
@@ -178,6 +180,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent(parent, signal.SIGTERM)
+    os.environ[MARKER] = "1"
     adopt_orphans()
     keeper = Keeper(socket.socket(fileno=descriptor))
     try:

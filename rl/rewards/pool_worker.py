@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from posttrain.rl.rewards.process_tree import adopt_orphans, descendants, die_with_parent
 
 MARKER = "POSTTRAIN_REWARD_WORKER"
-"""Environment variable set in workers and what they start: whatever runs there is bounded from outside."""
+"""Environment variable set in keepers, workers and what they start: a call there is bounded from outside."""
 MAX_REPLY_BYTES = 16 << 20
 _MAX_MESSAGE, _MAX_TRACE = 2_000, 8_000
 """Characters of an exception that travel back."""
@@ -36,7 +36,6 @@ def serve(connection: socket.socket, keeper: int) -> NoReturn:
     die_with_parent(keeper, signal.SIGKILL)
     adopt_orphans()
     _confine()
-    os.environ[MARKER] = "1"
     functions: dict[int, Callable[..., Any]] = {}
     while True:
         what, number, *rest = pickle.loads(_frame(connection))
