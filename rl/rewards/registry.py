@@ -21,6 +21,7 @@ ENTRY_POINTS = "posttrain.rewards"
 BUILT_INS: dict[str, str] = {
     "ends_with_answer": "posttrain.rl.rewards.text_format:ends_with_answer",
     "exact": "posttrain.rl.rewards.text_format:exact",
+    "json_schema": "posttrain.rl.rewards.json_schema:json_schema",
     "judge": "posttrain.rl.rewards.judge:Judge",
     "length_penalty": "posttrain.rl.rewards.length:length_penalty",
     "math_answer": "posttrain.rl.rewards.math_answer:math_answer",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
-import regex
+import regex  # type: ignore[import-untyped]  # comes with transformers
 
 from posttrain.rl.errors import ConfigError
 from posttrain.rl.rewards.decorator import explains, factory, reward
