@@ -76,11 +76,13 @@ class Dispatcher:
             return
         self._stopping = True
         self.wake()
-        self._thread.join()
+        if threading.current_thread() is not self._thread:  # where garbage is collected, nobody chooses
+            self._thread.join()
 
     # The thread
 
     def _run(self) -> None:
+        reason = "the pool was closed"
         try:
             while not self._stopping:
                 self._dispatch()
@@ -90,8 +92,10 @@ class Dispatcher:
                 for key, events in self._selector.select(wait):
                     self._attend(key, events)
                 self._expire()
+        except OSError as error:  # no process or socket to be had
+            reason = f"the pool ended: {error}"
         finally:
-            self._end()
+            self._end(reason)
 
     def _attend(self, key: selectors.SelectorKey, events: int) -> None:
         if key.fileobj is self._alarm:
@@ -292,6 +296,7 @@ class Dispatcher:
         if not worker.ending:
             self._selector.unregister(worker.connection)
             worker.connection.close()
+            worker.ending = True  # an event of its connection may still be in hand
         if worker.call is not None and not worker.call.future.done():
             worker.call.fail(Crashed(worker.reason or reason))
             if worker.loaded and self._keeper is not None:
@@ -300,15 +305,16 @@ class Dispatcher:
     def _lose_keeper(self) -> None:
         """It ended by itself: a machine out of memory, or a call that looked for it. A new one starts when needed."""
         status = self._release_keeper()
-        for number in list(self._workers):
-            self._bury(number, "the process that keeps it ended")
         if not self._ready:
             error = PosttrainError(
                 f"the processes for rewards could not be started: {sys.executable} ended with status {status}; "
                 "its own words are above"
             )
+            self._queue.extend(worker.call for worker in self._workers.values() if worker.call is not None)
             while self._queue:
                 self._queue.popleft().fail(error)
+        for number in list(self._workers):
+            self._bury(number, "the process that keeps it ended")
 
     def _release_keeper(self) -> int:
         """Close its socket, which ends it and its workers, and wait for that."""
@@ -323,15 +329,15 @@ class Dispatcher:
         self._control = self._keeper = None
         return status
 
-    def _end(self) -> None:
+    def _end(self, reason: str) -> None:
         with self._lock:
             self._open = False
         if self._keeper is not None:
             self._release_keeper()
         for number in list(self._workers):
-            self._bury(number, "the pool was closed")
+            self._bury(number, reason)
         while self._queue:
-            self._queue.popleft().fail(Crashed("the pool was closed"))
+            self._queue.popleft().fail(Crashed(reason))
         self._selector.close()
         self._alarm.close()
         self._bell.close()

@@ -68,25 +68,30 @@ def _load(
             name, file = module
             if not file or error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
                 raise
-            _import_file(name, file)  # a file run by its path, whose folder nobody searches
+            _make_importable(name, Path(file))
             functions[number] = pickle.loads(pickled)
     except Exception as error:
         return ["unloadable", number, *_described(error)]
     return ["loaded", number]
 
 
-def _import_file(name: str, file: str) -> None:
+def _make_importable(name: str, file: Path) -> None:
+    """A module that was loaded by its path there: search its folder, or execute it where its name is not the file's."""
+    names = tuple(name.split("."))
+    if file.with_suffix("").parts[-len(names) :] == names:
+        sys.path.append(str(file.parents[len(names) - 1]))
+        return
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None, file
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(Path(file).parent))
+    sys.path.insert(0, str(file.parent))
     try:
         spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
     finally:
-        sys.path.remove(str(Path(file).parent))
+        sys.path.remove(str(file.parent))
 
 
 def _call(

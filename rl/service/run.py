@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,7 +53,7 @@ def train(
         _preflight(config, source)
     if run is None:
         run = RunDir.create(config.output_dir, config.run_name, config.tree(), base=base)
-    with run.lock():
+    with run.lock(), closing(gathered.rubric):
         source = source or _random_model(config, run, new=not resume)
         interrupted = run_to_end(Training(config, run, gathered, source, resumes=bool(resume)).run)
     if interrupted:
@@ -72,7 +73,8 @@ def evaluate(config: Config, *, checkpoint: Path | None = None, base: Path | Non
         if checkpoint is None:
             raise ConfigError("a random model exists only inside its run: give the run to evaluate")
         source = str(RunDir.find(checkpoint)[0].model_dir)
-    return run_to_end(partial(_evaluate, config, gathered, source, checkpoint))
+    with closing(gathered.rubric):
+        return run_to_end(partial(_evaluate, config, gathered, source, checkpoint))
 
 
 def _quiet_libraries(config: Config) -> None:
