@@ -51,6 +51,8 @@ def form(style: Style, names: Collection[str]) -> Convention:
     if style == "verl" and asked & {*VERL_BATCH.makers, *VERL_BATCH.columns}:
         return VERL_BATCH
     if style == "verifiers":
+        if "traces" in asked:
+            return VERIFIERS_TRACES
         if asked & VERIFIERS_PLURAL:
             return VERIFIERS_TASKS if asked == {"tasks", "states"} else VERIFIERS_GROUP
         return VERIFIERS_TASK if asked & {"trace", "self"} or asked == {"task", "state"} else VERIFIERS
@@ -116,7 +118,7 @@ def _rewards_of(value: Any) -> Any:
 
 
 def _sum_of(value: Any) -> Any:
-    """verifiers 0.4: a number, or several by name, which count with the same weight."""
+    """verifiers since 0.2: a number, or several by name, which count with the same weight."""
     if not isinstance(value, Mapping) or not value:
         return value
     numbers = [one.item() if hasattr(one, "item") else one for one in value.values()]
@@ -193,7 +195,7 @@ VERIFIERS_TASK = Convention(
     all_columns=False,
     unwrap=_sum_of,
 )
-"""Since 0.4; up to 0.3 with ``task, state`` alone, when the task is the row too."""
+"""Since 0.2; before that with ``task, state`` alone, when the task is the row too."""
 VERIFIERS_TASKS = Convention(
     "verifiers",
     {
@@ -201,6 +203,17 @@ VERIFIERS_TASKS = Convention(
         "states": _each(lambda sample, wants: verifiers.state(sample)),
     },
     batched=True,
+)
+VERIFIERS_TRACES = Convention(
+    "verifiers",
+    {
+        "task": VERIFIERS_TASK.makers["task"],
+        "traces": _each(lambda sample, wants: verifiers.trace(sample)),
+        "self": VERIFIERS_TASK.makers["self"],
+    },
+    batched=True,
+    one_group=True,
+    all_columns=False,
 )
 VERL = Convention(
     "verl",

@@ -69,8 +69,8 @@ def _is_one_text(named: Mapping[str, Parameter], returns_list: bool) -> bool:
 
 def _verifiers_clue(named: Mapping[str, Parameter], takes_all: bool) -> str | None:
     asked = set(named)
-    if "trace" in asked and not asked & {*_COMPLETION, "completions"}:
-        return "trace"
+    if (asked & {"trace", "traces"}) and not asked & {*_COMPLETION, "completions"}:
+        return "trace" if "trace" in asked else "traces"
     plural = asked & (VERIFIERS_PLURAL - {"prompts", "completions"})
     if plural and not asked & {*POSTTRAIN.makers, "trainer_state"} and (asked & {"completions", "states"}):
         clear = not takes_all or ("states" in named and "State" in annotation_text(named["states"].annotation))

@@ -7,10 +7,10 @@
 | ``trl`` | once a batch | ``prompts``, ``completions``, ``completion_ids``, columns, each a list | a list |
 | ``verifiers`` | once a sample | ``prompt``, ``completion`` (messages), ``state``, ``info``…, columns | number |
 | | once a batch | ``completions``, ``states``, ``answers``, ``infos``, ``tasks``, each a list | a list |
-| | once a sample | since 0.4: ``trace``, ``task``, or ``self`` and ``trace`` | number, or numbers by name |
-| ``verl`` | once a sample | ``data_source``, ``solution_str``, ``ground_truth``, ``extra_info`` | number, or ``score`` |
+| | once a sample | since 0.2: ``trace``, ``task``, or ``self`` and ``trace`` | number, or numbers by name |
+| ``verl`` | once a sample | ``data_source``, ``solution_str``, ``ground_truth``, ``extra_info`` | number or ``score`` |
 | | once a batch | ``data_sources``, ``solution_strs``, ``ground_truths``, ``extra_infos`` | a list of those |
-| ``openrlhf`` | once a batch | ``queries`` (prompt and reply), ``prompts``, ``labels`` | tensor, or ``rewards`` |
+| ``openrlhf`` | once a batch | ``queries`` (prompt and reply), ``prompts``, ``labels`` | tensor or ``rewards`` |
 | ``areal`` | once a sample | ``prompt``, ``completions`` (one text), ``prompt_ids``, columns | number |
 
 ``score`` and ``rewards`` are keys of a dict, whose other entries are not kept. A batch is one group, the completions of
@@ -22,9 +22,9 @@ Chosen in this order:
 1. ``style=`` of the decorator. Only so ``group``: plural names alone are TRL's.
 2. A name that one convention alone has: ``solution_str`` or ``solution_strs`` → ``verl``; ``queries`` → ``openrlhf``;
    ``completions`` annotated ``str``, or beside ``prompt_ids`` → ``areal``, where it is one text for all its name says;
-   ``trace``, ``state`` (unless ``completion: str`` stands beside it), or ``states``, ``answers``, ``infos``, ``tasks``
-   without ``**kwargs`` (with them they may as well be TRL's columns: refused) → ``verifiers``. Names of two
-   conventions are refused.
+   ``trace``, ``traces``, ``state`` (unless ``completion: str`` stands beside it), or ``states``, ``answers``,
+   ``infos``, ``tasks`` without ``**kwargs`` (with them they may as well be TRL's columns: refused) → ``verifiers``.
+   Names of two conventions are refused.
 3. ``prompts`` or ``completions`` → ``trl``. So are ``completion_ids`` or columns alone where the return annotation is a
    list, and ``completion_ids`` beside ``**kwargs`` with no return annotation.
 4. ``completion: str`` → ``posttrain``. ``completion: Messages`` or any list → ``verifiers``.
@@ -58,7 +58,6 @@ class Signature:
 
     function: Callable[..., Any]
     name: str
-    weight: float
     convention: Convention
     is_async: bool
     required: tuple[str, ...]
@@ -126,7 +125,6 @@ def read(function: Callable[..., Any]) -> Signature:
     return Signature(
         function=function,
         name=name,
-        weight=tag.weight,
         convention=form(style, named),
         is_async=_is_async(function),
         required=tuple(key for key, value in named.items() if value.default is value.empty),

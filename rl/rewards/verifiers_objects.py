@@ -1,6 +1,6 @@
 """What functions written for verifiers read beside prompt and completion: ``state``, ``info``, the task and the trace.
 
-Up to 0.3 a function gets ``state``, a dict; since 0.4 it gets ``trace``, an object. Both are made once a sample and
+Up to 0.1 a function gets ``state``, a dict; since 0.2 it gets ``trace``, an object. Both are made once a sample and
 shared by its functions.
 """
 
@@ -16,7 +16,7 @@ from posttrain.rl.types import Message
 
 
 class TaskData(dict[str, Any]):
-    """A dataset row: ``task["answer"]`` as up to 0.3, ``task.answer`` as since 0.4."""
+    """A dataset row: ``task["answer"]`` as up to 0.1, ``task.answer`` as since 0.2."""
 
     def __getattr__(self, name: str) -> Any:
         try:
