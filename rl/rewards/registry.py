@@ -23,12 +23,14 @@ BUILT_INS: dict[str, str] = {
     "exact": "posttrain.rl.rewards.text_format:exact",
     "json_schema": "posttrain.rl.rewards.json_schema:json_schema",
     "judge": "posttrain.rl.rewards.judge:Judge",
+    "language": "posttrain.rl.rewards.language:language",
     "length_penalty": "posttrain.rl.rewards.length:length_penalty",
     "math_answer": "posttrain.rl.rewards.math_answer:math_answer",
     "regex_format": "posttrain.rl.rewards.text_format:regex_format",
     "repetition": "posttrain.rl.rewards.repetition:repetition",
     "reward_model": "posttrain.rl.rewards.reward_model:RewardModel",
     "soft_overlong": "posttrain.rl.rewards.length:soft_overlong",
+    "unit_tests": "posttrain.rl.rewards.unit_tests:unit_tests",
     "xml_tags": "posttrain.rl.rewards.text_format:xml_tags",
 }
 """Reward name in a configuration → where it is; imported when it is asked for."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import json
 import logging
+import marshal
 import math
 import os
 import platform
@@ -86,7 +86,7 @@ class Program:
     source: str
     stdin: str = ""
     descriptors: tuple[int, ...] = ()
-    """File descriptors it inherits, beside the usual three, under the same numbers."""
+    """File descriptors it inherits, beside the usual three, under the same numbers; closed here once it runs."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -127,9 +127,11 @@ def run_together(
     """Run programs side by side, each in a sandbox of its own; when the first ends, the others are killed."""
     limits, isolation = limits or Limits(), isolation or available()
     with contextlib.ExitStack() as stack:
-        running = [stack.enter_context(_started(program, limits, isolation)) for program in programs]
-        for descriptor in {descriptor for program in programs for descriptor in program.descriptors}:
-            os.close(descriptor)  # or the ends that a program holds would never be the last ones
+        try:
+            running = [stack.enter_context(_started(program, limits, isolation)) for program in programs]
+        finally:  # or the ends of a pipe that a program holds would never be the last ones
+            for descriptor in {descriptor for program in programs for descriptor in program.descriptors}:
+                os.close(descriptor)
         watch(running, limits.timeout_s)
     return [
         Result(
@@ -270,7 +272,7 @@ def _command(path: Path, limits: Limits, isolation: Isolation) -> list[str]:
         "audit": isolation.level != "strong",
     }
     # no user site, no site packages, no folder of the script, no byte code written, UTF-8 whatever the locale
-    command = [python, "-s", "-S", "-P", "-B", "-X", "utf8", str(_CHILD), json.dumps(settings)]
+    command = [python, "-s", "-S", "-P", "-B", "-X", "utf8", str(_CHILD), marshal.dumps(settings).hex()]
     if isolation.bubblewrap is None:
         return command
     # fmt: off
