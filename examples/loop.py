@@ -62,7 +62,7 @@ async def main() -> float:
         taken = prompts.take(PROMPTS)
         completions = engine.generate(taken, GROUP, params)
         groups = await rubric.score(list(zip(taken, completions, strict=True)), step=step)
-        assign_advantages(groups, algorithm, rubric.weights, MAX_TOKENS)
+        assign_advantages(groups, algorithm, MAX_TOKENS)
         for update in plan(groups, algorithm, settings):
             learned = trainer.forward_backward(update, algorithm)
             trainer.optim_step(OptimParams(learning_rate=2e-3))

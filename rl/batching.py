@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,10 +50,9 @@ class _Sequence:
         return len(self.prompt_ids) + len(self.completion_ids)
 
 
-def assign_advantages(
-    groups: Sequence[RolloutGroup], algorithm: Algorithm, weights: Mapping[str, float], max_tokens: int
-) -> dict[str, Metric]:
-    """Write ``rollout.advantage`` of every rollout; rewards carry the algorithm's length penalty from here on.
+def assign_advantages(groups: Sequence[RolloutGroup], algorithm: Algorithm, max_tokens: int) -> dict[str, Metric]:
+    """Write ``rollout.advantage`` of every rollout of one step; rewards carry the algorithm's length penalty from here
+    on.
 
     A group is its place in ``groups``, never its prompt's text. Under the overlong filter truncated completions count
     in their group's mean and std (as in TRL: DAPO masks the loss alone, and the reward is real), but with no loss
@@ -62,12 +61,14 @@ def assign_advantages(
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     if not rollouts:
         return {}
+    weights = rollouts[0].weights
+    assert all(rollout.weights == weights for rollout in rollouts), "a batch is scored with the weights of one step"
     penalties = [algorithm.length_penalty(len(r.completion.completion_ids), max_tokens) for r in rollouts]
     inputs = AdvantageInputs(
         rewards=_column([_total(r) + penalty for r, penalty in zip(rollouts, penalties, strict=True)]),
         group_ids=torch.tensor([index for index, group in enumerate(groups) for _ in group.rollouts]),
         lengths=torch.tensor([len(r.completion.completion_ids) if _trained(r, algorithm) else 0 for r in rollouts]),
-        components=_column([_components(r, weights, penalty) for r, penalty in zip(rollouts, penalties, strict=True)]),
+        components=_column([_components(r, penalty) for r, penalty in zip(rollouts, penalties, strict=True)]),
         weights=_column([*weights.values(), 1.0]),
     )
     advantages = algorithm.advantages(inputs).tolist()
@@ -133,7 +134,7 @@ def with_scores(
 
 
 def _unscored(rollout: Rollout) -> bool:
-    return bool(rollout.rewards) and all(score is None for score in rollout.rewards.values())
+    return bool(rollout.counted) and all(score is None for score in rollout.counted.values())
 
 
 def _total(rollout: Rollout) -> float:
@@ -141,9 +142,9 @@ def _total(rollout: Rollout) -> float:
     return math.nan if _unscored(rollout) else rollout.reward
 
 
-def _components(rollout: Rollout, weights: Mapping[str, float], penalty: float) -> list[float]:
-    """The raw scores in the order of ``weights``, and the length penalty as one more, of weight 1."""
-    scores = [rollout.rewards.get(name) for name in weights]
+def _components(rollout: Rollout, penalty: float) -> list[float]:
+    """What counts of each score, in the order of the weights, and the length penalty as one more, of weight 1."""
+    scores = [rollout.counted[name] for name in rollout.weights]
     return [*(math.nan if s is None else s for s in scores), math.nan if _unscored(rollout) else penalty]
 
 

@@ -14,6 +14,7 @@ from posttrain.rl.errors import PosttrainError
 from posttrain.rl.rewards import Rubric, names, resolve
 from posttrain.rl.rewards.decorator import explanation_of, is_factory
 from posttrain.rl.rewards.registry import BUILT_INS
+from posttrain.rl.rewards.signature import read
 from posttrain.rl.types import Completion, Prompt
 
 
@@ -46,7 +47,7 @@ def attempt(
 ) -> Trial:
     """Score one completion by one reward. Raises ``PosttrainError`` for what the function needs and is not there."""
     function = resolve(spec, Path.cwd(), settings)
-    rubric = Rubric([function])
+    rubric = Rubric([function], {read(function).name: {"requires": ()}})  # what it requires is not there
     rubric.check(columns)
     group = [(Prompt("0-0", prompt, dict(columns)), [Completion((), (), completion, "stop", 0)])]
 

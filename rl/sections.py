@@ -106,8 +106,12 @@ class RewardSpec(Section):
 
     name: str
     """A built-in, ``module:function`` or ``file.py:function``."""
-    weight: float | None = None
-    """In place of the function's own weight."""
+    weight: float | list[tuple[NonNegativeInt, float]] | None = None
+    """In place of the function's own weight: a number, or ``[[step, weight], …]``, linear in between."""
+    requires: list[str] | None = None
+    """Rewards, by the names their metrics have, that must be above 0 for this score to count; it is 0 otherwise."""
+    clip: tuple[float, float] | None = None
+    """Smallest and largest score, before the weight."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the reward, such as a judge's ``model``."""
 

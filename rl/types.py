@@ -68,10 +68,14 @@ class Rollout:
     rewards: dict[str, float | None]
     """Raw score of each reward function; ``None`` where it does not apply."""
     reward: float
-    """Weighted sum of the scores that apply."""
+    """Weighted sum of what ``counted`` holds."""
     advantage: float = 0.0
     failures: Mapping[str, Literal["timeout", "error"]] = field(default_factory=dict)
     """Reward functions that gave no score of their own: they ran out of time, or failed in a way that is forgiven."""
+    counted: Mapping[str, float | None] = field(default_factory=dict)
+    """Score of each function that is part of the reward, clipped and gated."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Weight of each of them, in the step the completion was scored for."""
 
 
 @dataclass(slots=True)

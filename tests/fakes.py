@@ -241,9 +241,7 @@ class Loop:
             sampler=self.sampler,
             learner=self.learner,
             producer=Producer(config, self.sampler, self.rubric, source, (STOP_ID,)),
-            learning=LearningStep(
-                config, self.learner, self.rubric.weights, lambda step: 0.1 * step, self.sinks.message
-            ),
+            learning=LearningStep(config, self.learner, lambda step: 0.1 * step, self.sinks.message),
             sinks=self.sinks,
             evaluator=evaluator,
             warm_start=(lambda: warm_start(self.learner)) if warm_start else None,
@@ -301,7 +299,13 @@ def completion(text: str, version: int = 0, tokens: int = 2, finish_reason: Any 
 def group(name: str, rewards: Sequence[float], version: int = 0) -> RolloutGroup:
     """One rollout a reward."""
     rollouts = [
-        Rollout(completion(f"{name}/{index}", version, 1 + index), {"numbered": reward}, reward)
+        Rollout(
+            completion(f"{name}/{index}", version, 1 + index),
+            {"numbered": reward},
+            reward,
+            counted={"numbered": reward},
+            weights={"numbered": 1.0},
+        )
         for index, reward in enumerate(rewards)
     ]
     return RolloutGroup(prompt(name), rollouts)

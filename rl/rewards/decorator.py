@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, cast, get_args, overload
 
 from posttrain.rl.errors import RewardError
+from posttrain.rl.rewards.combining import Terms, Weight
 
 Style = Literal["posttrain", "group", "trl", "verifiers", "verl", "openrlhf", "areal"]
 """Calling convention of a reward function; ``signature.py`` says what each receives."""
@@ -28,7 +29,7 @@ OnError = Literal["raise", "zero", "skip"]
 class RewardTag:
     """What ``@reward`` or ``@metric`` leaves on a function."""
 
-    weight: float = 1.0
+    weight: Weight = 1.0
     name: str | None = None
     style: Style | None = None
     timeout: float | None = None
@@ -42,12 +43,18 @@ class RewardTag:
     """Memory that such a process may use."""
     concurrency: int = 32
     """Calls of an asynchronous function at once."""
+    requires: Sequence[str] = ()
+    """Rewards that must be above 0 for this one's score to count; it counts as 0 otherwise."""
+    clip: tuple[float, float] | None = None
+    """Smallest and largest score, before the weight."""
     metric: bool = False
     """Recorded, but no part of the reward."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.weight, bool) or not isinstance(self.weight, int | float) or not math.isfinite(self.weight):
-            raise RewardError(f"@reward(weight={self.weight!r}): weight is a finite number")
+        try:
+            self.terms  # noqa: B018  (made to be checked)
+        except ValueError as error:
+            raise RewardError(f"@reward: {error}") from None
         for setting, allowed in (("style", get_args(Style)), ("on_error", get_args(OnError))):
             value = getattr(self, setting)
             if value not in allowed and (setting, value) != ("style", None):
@@ -58,6 +65,11 @@ class RewardTag:
                 raise RewardError(f"@reward({setting}={value!r}): {setting} is a number above 0")
 
     @property
+    def terms(self) -> Terms:
+        """How the score enters the reward."""
+        return Terms(self.weight, self.requires, self.clip, self.metric)
+
+    @property
     def isolated(self) -> bool:
         """Whether a synchronous function runs in the pool of processes: only there can a limit be enforced."""
         return self.isolate or self.timeout is not None or self.memory_mib is not None
@@ -66,7 +78,7 @@ class RewardTag:
 class Settings(TypedDict, total=False):
     """Keywords of ``@reward``, as in ``RewardTag``."""
 
-    weight: float
+    weight: Weight
     name: str
     style: Style
     timeout: float
@@ -75,10 +87,12 @@ class Settings(TypedDict, total=False):
     isolate: bool
     memory_mib: int
     concurrency: int
+    requires: Sequence[str]
+    clip: tuple[float, float]
 
 
 class MetricSettings(TypedDict, total=False):
-    """Keywords of ``@metric``: ``@reward``'s without a weight."""
+    """Keywords of ``@metric``: ``@reward``'s but for ``weight``, ``requires`` and ``clip``."""
 
     name: str
     style: Style
@@ -97,10 +111,12 @@ def reward(**settings: Unpack[Settings]) -> Callable[[F], F]: ...
 def reward(function: F | None = None, **settings: Unpack[Settings]) -> F | Callable[[F], F]:
     """Mark a function as a reward; it stays the same function and is called as before.
 
-    ``weight`` multiplies its score in the total (it may be negative), ``name`` stands in the metrics in place of the
-    function's own, ``style`` settles the calling convention where the signature leaves it open. ``timeout`` seconds,
-    ``memory_mib`` and ``isolate`` run a synchronous function in a pool of processes; ``on_error`` says what an
-    exception means; ``cache`` calls it once for equal arguments; ``concurrency`` bounds calls of an asynchronous one.
+    ``weight`` multiplies its score in the total: a number, which may be negative, or points ``[(step, weight), …]``,
+    linear in between. ``requires`` names rewards that must be above 0 for the score to count, ``clip`` its range.
+    ``name`` stands in the metrics in place of the function's own, ``style`` settles the calling convention where the
+    signature leaves it open. ``timeout`` seconds, ``memory_mib`` and ``isolate`` run a synchronous function in a pool
+    of processes; ``on_error`` says what an exception means; ``cache`` calls it once for equal arguments;
+    ``concurrency`` bounds calls of an asynchronous one.
     Raises ``RewardError`` for a setting out of range or something that cannot be called.
     """
     return _mark(function, RewardTag(**settings), "reward")

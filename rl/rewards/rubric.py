@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from posttrain.rl.errors import RewardError
-from posttrain.rl.metrics import Mean, Metric, Std, Sum
+from posttrain.rl.metrics import Max, Mean, Metric, Std, Sum
+from posttrain.rl.rewards.combining import Combining, Override, total
 from posttrain.rl.rewards.execution import Outcome, Reward
 from posttrain.rl.rewards.sample import Sample
 from posttrain.rl.rewards.signature import read
@@ -25,15 +26,16 @@ class Rubric:
 
     Synchronous functions run one after another in a single worker thread, whatever is scored at the same time, so they
     need not be thread-safe and the event loop stays free; asynchronous ones and those in the pool of processes run
-    concurrently. ``None`` means "does not
-    apply": it is left out of the total, the mean and the std. A completion that no function applies to has reward 0,
-    see ``reward/unscored``.
+    concurrently. ``None`` means "does not apply": it is left out of the total, the mean and the std. A completion that
+    no function applies to has reward 0, see ``reward/unscored``.
     """
 
-    def __init__(self, functions: Sequence[Callable[..., Any]], weights: Mapping[str, float] | None = None) -> None:
-        """Read every signature. ``weights`` by reward name stand in place of the functions' own.
+    def __init__(
+        self, functions: Sequence[Callable[..., Any]], overrides: Mapping[str, Override] | None = None
+    ) -> None:
+        """Read every signature. ``overrides`` by reward name stand in place of what the functions' decorators say.
 
-        Raises ``RewardError`` where a signature fits no style, two rewards share a name, or a weight has no reward.
+        Raises ``RewardError`` where a signature fits no style, two rewards share a name, or they cannot be combined.
         """
         if not functions:
             raise RewardError("no reward functions: give at least one")
@@ -46,14 +48,8 @@ class Rubric:
                 raise RewardError(
                     f"reward name {name!r}: it becomes the metric reward/<name>/mean, so no slash or blanks"
                 )
-        overrides = dict(weights or {})
-        if unknown := sorted(set(overrides) - set(names)):
-            raise RewardError(f"weight for {', '.join(unknown)}, but the rewards are {', '.join(names)}")
-        if bad := [name for name, weight in overrides.items() if not math.isfinite(weight)]:
-            raise RewardError(f"weight of {bad[0]} is {overrides[bad[0]]}: weights are finite numbers")
-        self.weights: dict[str, float] = {
-            signature.name: float(overrides.get(signature.name, signature.weight)) for signature in self.signatures
-        }
+        self.names = tuple(names)
+        self.combining = Combining({signature.name: signature.tag.terms for signature in self.signatures}, overrides)
         self._worker = ThreadPoolExecutor(1, "rewards")
         self._pool: Pool | None = None
         self._rewards = [Reward(signature, self._processes) for signature in self.signatures]
@@ -84,8 +80,8 @@ class Rubric:
     async def score(
         self, groups: Sequence[tuple[Prompt, Sequence[Completion]]], *, step: int = 0
     ) -> list[RolloutGroup]:
-        """Score every completion of every group, in order. ``step`` is handed to functions that ask for it. The loop
-        scores each group by itself, as soon as it is drawn; calls may overlap.
+        """Score every completion of every group, in order. ``step`` decides the weights, and is handed to functions
+        that ask for it. The loop scores each group by itself, as soon as it is drawn; calls may overlap.
 
         Raises ``RewardError`` naming the function and the sample for an exception, NaN, an infinity, a wrong number of
         scores or a result that is not a number, unless the function's ``on_error`` forgives it.
@@ -95,46 +91,55 @@ class Rubric:
             for prompt, completions in groups
             for index, completion in enumerate(completions)
         ]
-        found = await self._run(samples) if samples else {name: [] for name in self.weights}
+        found = await self._run(samples) if samples else {name: [] for name in self.names}
+        weights = self.combining.weights(step)
         results: list[RolloutGroup] = []
         position = 0
         for prompt, completions in groups:
             rollouts = []
             for completion in completions:
-                outcomes = {name: found[name][position] for name in self.weights}
+                outcomes = {name: found[name][position] for name in self.names}
                 raw = {name: outcome.score for name, outcome in outcomes.items()}
                 failures = {name: outcome.failure for name, outcome in outcomes.items() if outcome.failure}
-                rollouts.append(Rollout(completion, raw, self._total(raw), failures=failures))
+                counted = self.combining.counted(raw)
+                reward = total(counted, weights)
+                rollouts.append(Rollout(completion, raw, reward, failures=failures, counted=counted, weights=weights))
                 position += 1
             results.append(RolloutGroup(prompt, rollouts))
         return results
 
     def metrics(self, groups: Iterable[RolloutGroup]) -> dict[str, Metric]:
-        """``reward/mean``, ``reward/std`` (over all completions), ``reward/unscored`` (share with no score at all)
-        and, a function, ``reward/<name>/mean``, ``/std``, ``/applies`` (share of completions it scored) and, where
-        there were any, ``/timeouts`` and ``/errors``. Where a function applied to nothing its mean and std are absent.
+        """``reward/mean``, ``reward/std`` (over all completions), ``reward/unscored`` (share with no score that counts)
+        and, a function, ``reward/<name>/mean``, ``/std``, ``/max`` of its raw scores, ``/applies`` (share of
+        completions it scored), ``/counted`` (mean of what is left where it is clipped or gated), ``/weight`` (where it
+        follows the step) and, where there were any, ``/timeouts`` and ``/errors``. Where a function applied to nothing
+        its figures of scores are absent.
         """
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         totals = [rollout.reward for rollout in rollouts]
-        unscored = sum(all(score is None for score in rollout.rewards.values()) for rollout in rollouts)
+        unscored = sum(all(score is None for score in rollout.counted.values()) for rollout in rollouts)
         result: dict[str, Metric] = {
             "reward/mean": Mean(math.fsum(totals), len(totals)),
             "reward/std": Std.of(totals),
             "reward/unscored": Mean(unscored, len(rollouts)),
         }
-        for name in self.weights:
+        for name, terms in self.combining.terms.items():
             raw = [score for rollout in rollouts if (score := rollout.rewards.get(name)) is not None]
             if raw:
                 result[f"reward/{name}/mean"] = Mean(math.fsum(raw), len(raw))
                 result[f"reward/{name}/std"] = Std.of(raw)
+                result[f"reward/{name}/max"] = Max(max(raw))
             result[f"reward/{name}/applies"] = Mean(len(raw), len(rollouts))
+            if terms.scheduled:
+                weights = [rollout.weights[name] for rollout in rollouts]
+                result[f"reward/{name}/weight"] = Mean(math.fsum(weights), len(weights))
+            if raw and terms.shaped:
+                counted = [score for rollout in rollouts if (score := rollout.counted[name]) is not None]
+                result[f"reward/{name}/counted"] = Mean(math.fsum(counted), len(counted))
             for failure, key in (("timeout", "timeouts"), ("error", "errors")):
                 if count := sum(rollout.failures.get(name) == failure for rollout in rollouts):
                     result[f"reward/{name}/{key}"] = Sum(count)
         return result
-
-    def _total(self, raw: Mapping[str, float | None]) -> float:
-        return math.fsum(self.weights[name] * score for name, score in raw.items() if score is not None)
 
     async def _run(self, samples: Sequence[Sample]) -> dict[str, list[Outcome]]:
         """Outcomes of every function on every sample; the first failure cancels the rest."""

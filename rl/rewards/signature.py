@@ -58,7 +58,6 @@ class Signature:
 
     function: Callable[..., Any]
     name: str
-    weight: Any
     convention: Convention
     is_async: bool
     required: tuple[str, ...]
@@ -126,7 +125,6 @@ def read(function: Callable[..., Any]) -> Signature:
     return Signature(
         function=function,
         name=name,
-        weight=tag.weight,
         convention=form(style, named),
         is_async=_is_async(function),
         required=tuple(key for key, value in named.items() if value.default is value.empty),

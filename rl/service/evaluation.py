@@ -52,9 +52,11 @@ class Evaluator:
         self._draws = Draws(sampler, rubric, config.evaluation.samples, params)
 
     async def evaluate(self) -> tuple[dict[str, float], list[RolloutGroup]]:
-        """Figures under ``eval/`` and the rollouts behind them."""
+        """Figures under ``eval/`` and the rollouts behind them, with the last step's weights whatever the step: figures
+        of different steps compare.
+        """
         samples = self._config.evaluation.samples
-        groups = (await self._draws.groups(self._prompts, Timeline())).groups
+        groups = (await self._draws.groups(self._prompts, Timeline(), step=self._config.steps)).groups
         figures = {
             key.replace("reward/", "eval/reward/") if key.startswith("reward/") else f"eval/{key}": value
             for key, value in metrics.values({**self._rubric.metrics(groups), **rollout_metrics(groups)}).items()

@@ -11,6 +11,7 @@ from posttrain.rl.config import Config, RewardSpec
 from posttrain.rl.data import columns_of, load_demonstrations, load_rows, prompt_column, split_eval
 from posttrain.rl.errors import ConfigError
 from posttrain.rl.rewards import Rubric, reference, resolve
+from posttrain.rl.rewards.combining import Override
 from posttrain.rl.rewards.signature import read
 from posttrain.rl.rows import Rows
 from posttrain.rl.types import Prompt
@@ -44,6 +45,8 @@ class Inputs:
 def gather(config: Config, given: Given, base: Path | None) -> Inputs:
     """Resolve rewards and rows, and check that they fit each other; nothing heavy is loaded for it."""
     rubric = _rubric(config, given, base)
+    if not rubric.combining.weights(step=0):
+        raise ConfigError("every reward is a metric, and metrics are no part of the reward: add one with @rl.reward")
     rows = load_rows(_rows(given.rows, config.data.dataset, "dataset", "data.dataset"), config.data, base=base)
     rows, eval_rows = _held_out(config, given, rows, base)
     column = prompt_column(columns_of(rows), config.data)
@@ -73,7 +76,7 @@ def _rubric(config: Config, given: Given, base: Path | None) -> Rubric:
         return Rubric(given.rewards)
     if not config.rewards:
         raise ConfigError('no rewards: set rewards = ["math_answer"], or name your own as "file.py:function"')
-    functions = []
+    functions, overrides = [], {}
     for spec in config.rewards:
         if spec.name.startswith(IN_PYTHON):
             raise ConfigError(
@@ -81,9 +84,20 @@ def _rubric(config: Config, given: Given, base: Path | None) -> Rubric:
                 "go on with rl.train(resume=…, rewards=[…])"
             )
         functions.append(resolve(spec.name, base, spec.settings))
-    names = Rubric(functions).weights
-    overrides = {name: spec.weight for name, spec in zip(names, config.rewards, strict=True) if spec.weight is not None}
+        overrides[read(functions[-1]).name] = _override(spec)
     return Rubric(functions, overrides)
+
+
+def _override(spec: RewardSpec) -> Override:
+    """What a configuration says in place of the decorator."""
+    override = Override()
+    if spec.weight is not None:
+        override["weight"] = spec.weight
+    if spec.requires is not None:
+        override["requires"] = spec.requires
+    if spec.clip is not None:
+        override["clip"] = spec.clip
+    return override
 
 
 def _rows(given: Iterable[Row] | None, named: str | None, argument: str, key: str) -> str | Iterable[Row]:

@@ -28,13 +28,11 @@ class LearningStep:
         self,
         config: Config,
         learner: Learner,
-        reward_weights: dict[str, float],
         learning_rate: Callable[[int], float],
         warn: Callable[[str], None],
     ) -> None:
         self._config = config
         self._learner = learner
-        self._weights = reward_weights
         self._learning_rate = learning_rate
         self._budget = MicroBatchBudget(learner, config.trainer, warn)
         trainer, rollout = config.trainer, config.rollout
@@ -54,7 +52,7 @@ class LearningStep:
         """
         config, algorithm = self._config, self._config.algorithm
         parts: list[dict[str, Metric]] = [
-            assign_advantages(batch.groups, algorithm, self._weights, config.rollout.max_tokens),
+            assign_advantages(batch.groups, algorithm, config.rollout.max_tokens),
             _staleness(batch, policy_version, config.trainer.updates_per_batch * config.trainer.epochs_per_batch),
         ]
         settings = replace(self._settings, micro_batch_tokens=self._budget.tokens)

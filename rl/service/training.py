@@ -117,7 +117,6 @@ class Training:
             learning=LearningStep(
                 config,
                 learner,
-                rubric.weights,
                 lambda step: learning_rate_at(step - 1, config.steps, config.trainer),
                 self._sinks.message,
             ),

@@ -68,9 +68,10 @@ def test_the_file_and_the_script_are_the_same_run(example, algorithm: str, quant
 def test_the_file_and_the_script_have_the_same_rewards(example, data: Path):
     written = gather(configuration.load(TOML, [f"data.dataset={data}"]), Given(), EXAMPLES)
     handed = {
-        read(function).name: read(function).weight for function in example.settings(example.parse([]))["rewards"][1:]
+        read(function).name: read(function).tag.weight
+        for function in example.settings(example.parse([]))["rewards"][1:]
     }
-    assert written.rubric.weights == {"math_answer": 1.0, "boxed": 0.1} == {"math_answer": 1.0, **handed}
+    assert written.rubric.combining.weights(0) == {"math_answer": 1.0, "boxed": 0.1} == {"math_answer": 1.0, **handed}
     assert [row["answer"] for row in written.rows] == ["7", "1201", "25", "14"]
     assert written.eval_rows is not None and len(written.eval_rows) == 3
 

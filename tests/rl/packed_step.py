@@ -56,7 +56,8 @@ def groups(seed: int = 0) -> list[RolloutGroup]:
             mu = tuple(-rng.uniform(2.0, 3.5) for _ in range(n))
             scores: dict[str, float | None] = {"a": rng.random(), "b": rng.choice([0.0, 1.0, None])}
             reward = scores["a"] + (scores["b"] or 0.0)  # type: ignore[operator]
-            rollouts.append(Rollout(Completion(ids, mu, "", "stop", 0), scores, reward))
+            completion, weights = Completion(ids, mu, "", "stop", 0), {"a": 1.0, "b": 1.0}
+            rollouts.append(Rollout(completion, scores, reward, counted=scores, weights=weights))
         result.append(RolloutGroup(prompt, rollouts))
     return result
 

@@ -20,14 +20,14 @@ from posttrain.rl.types import Completion, FinishReason, Prompt, Rollout, Rollou
 from .packed_step import LENGTHS, groups, model, padded, score, step_gradient
 
 NAMES = sorted(ALGORITHMS)
-WEIGHTS = {"a": 1.0, "b": 1.0}
 
 
 def rollout(
     length: int, reward: float = 0.0, finish: FinishReason = "stop", rewards: dict[str, float | None] | None = None
 ) -> Rollout:
     completion = Completion(tuple(range(1, length + 1)), tuple(-0.1 * i for i in range(length)), "", finish, 0)
-    return Rollout(completion, {"r": reward} if rewards is None else rewards, reward)
+    scores = {"r": reward} if rewards is None else rewards
+    return Rollout(completion, scores, reward, counted=scores, weights=dict.fromkeys(scores, 1.0))
 
 
 def group(*rollouts: Rollout, prompt_ids: tuple[int, ...] = (90, 91)) -> RolloutGroup:
@@ -59,7 +59,7 @@ def scores(seed: int, micro_batch_tokens: int) -> list[Scores]:
 def cut(name: str, micro_batch_tokens: int) -> tuple[Algorithm, list[TrainBatch]]:
     algorithm = algorithm_with_everything(name)
     batch = groups()
-    assign_advantages(batch, algorithm, WEIGHTS, 300)
+    assign_advantages(batch, algorithm, 300)
     [step] = plan(batch, algorithm, settings(micro_batch_tokens))
     old, ref = scores(1, micro_batch_tokens), scores(2, micro_batch_tokens)
     return algorithm, with_scores(step, old=old, ref=ref, entropy_quantile=algorithm.entropy_quantile)
@@ -119,7 +119,7 @@ def test_the_order_of_groups_does_not_change_the_gradient() -> None:
     for order in ([0, 1, 2, 3, 4], [4, 2, 0, 3, 1]):
         everything = groups()
         batch = [everything[i] for i in order]
-        assign_advantages(batch, algorithm, WEIGHTS, 300)
+        assign_advantages(batch, algorithm, 300)
         [step] = plan(batch, algorithm, settings(730))
         with torch.no_grad():
             old = [Scores(*score(model(1), micro)) for micro in step]
@@ -130,7 +130,7 @@ def test_the_order_of_groups_does_not_change_the_gradient() -> None:
 def test_without_old_scores_the_ratio_is_exactly_one() -> None:
     algorithm = parse("grpo")
     batch = groups()
-    assign_advantages(batch, algorithm, WEIGHTS, 300)
+    assign_advantages(batch, algorithm, 300)
     [step] = plan(batch, algorithm, settings())
     assert all(micro.old_logprobs is None for micro in step)
 
@@ -253,7 +253,7 @@ def test_where_prompts_are_shared_groups_stay_together_and_count_their_prompt_on
 def test_keeping_groups_together_does_not_change_the_gradient(budget: int) -> None:
     policy = near(model(1))
     algorithm, batch = parse("grpo"), groups()
-    assign_advantages(batch, algorithm, WEIGHTS, 300)
+    assign_advantages(batch, algorithm, 300)
     gradients = []
     for share in (False, True):
         [step] = plan(batch, algorithm, replace(settings(budget), share_prompts=share))
@@ -269,14 +269,14 @@ def test_keeping_groups_together_does_not_change_the_gradient(budget: int) -> No
 def test_groups_go_by_identity_not_by_the_prompts_text() -> None:
     """The same prompt drawn twice is two groups: (1, 0) and (5, 5) do not mix."""
     batch = [group(rollout(1, 1.0), rollout(1, 0.0)), group(rollout(1, 5.0), rollout(1, 5.0))]
-    assign_advantages(batch, parse("dr_grpo"), {"r": 1.0}, 10)
+    assign_advantages(batch, parse("dr_grpo"), 10)
     assert [[r.advantage for r in g.rollouts] for g in batch] == [[0.5, -0.5], [0.0, 0.0]]
 
 
 def test_uneven_groups_get_their_own_means() -> None:
     batch = [group(rollout(1, 1.0), rollout(1, 0.0), rollout(1, 0.5)), group(rollout(1, 3.0)), group(rollout(1, 4.0))]
     batch.append(group(rollout(1, 2.0), rollout(1, 0.0)))
-    metrics = values(assign_advantages(batch, parse("dr_grpo"), {"r": 1.0}, 10))
+    metrics = values(assign_advantages(batch, parse("dr_grpo"), 10))
     assert [[r.advantage for r in g.rollouts] for g in batch] == [[0.5, -0.5, 0.0], [0.0], [0.0], [1.0, -1.0]]
     assert metrics["policy/advantage_zero"] == pytest.approx(3 / 7)
     assert metrics["policy/advantage_std"] == pytest.approx(math.sqrt(2.5 / 6))
@@ -286,7 +286,7 @@ def test_soft_overlong_punishment_enters_the_reward() -> None:
     """Budget 10, buffer 2: lengths 8, 9 and 10 lose 0, .5 and 1."""
     batch = [group(rollout(8, 1.0), rollout(9, 1.0), rollout(10, 1.0))]
     algorithm = parse({"name": "dr_grpo", "overlong_buffer": 0.2})
-    metrics = values(assign_advantages(batch, algorithm, {"r": 1.0}, 10))
+    metrics = values(assign_advantages(batch, algorithm, 10))
     assert [r.advantage for r in batch[0].rollouts] == pytest.approx([0.5, 0.0, -0.5])
     assert metrics["reward/length_penalty"] == pytest.approx(-0.5)
     assert [r.reward for r in batch[0].rollouts] == [1.0, 1.0, 1.0]
@@ -295,14 +295,14 @@ def test_soft_overlong_punishment_enters_the_reward() -> None:
 def test_gdpo_sees_every_reward_and_the_length_penalty_by_itself() -> None:
     """Equal rewards and different penalties: the penalty alone decides, standardised."""
     batch = [group(rollout(8, 1.0), rollout(10, 1.0))]
-    assign_advantages(batch, parse({"name": "gdpo", "overlong_buffer": 0.2}), {"r": 1.0}, 10)
+    assign_advantages(batch, parse({"name": "gdpo", "overlong_buffer": 0.2}), 10)
     assert [r.advantage for r in batch[0].rollouts] == pytest.approx([0.5**0.5, -(0.5**0.5)], rel=1e-5)
 
 
 def test_gdpo_leaves_out_a_reward_that_does_not_apply() -> None:
     scores = [{"a": 1.0, "b": None}, {"a": 0.0, "b": None}, {"a": 0.5, "b": 2.0}, {"a": 0.5, "b": 4.0}]
     batch = [group(*[rollout(2, 0.0, rewards=dict(s)) for s in scores])]
-    assign_advantages(batch, parse("gdpo"), {"a": 1.0, "b": 1.0}, 10)
+    assign_advantages(batch, parse("gdpo"), 10)
     first = 0.5 / (math.sqrt(1 / 6) + 1e-6)
     second = 1 / (math.sqrt(2) + 1e-6)
     raw = [first, -first, -second, second]
@@ -312,25 +312,25 @@ def test_gdpo_leaves_out_a_reward_that_does_not_apply() -> None:
 
 def test_a_completion_no_reward_applies_to_stays_out_of_its_group() -> None:
     batch = [group(rollout(2, 1.0), rollout(2, 0.0, rewards={"r": None}), rollout(2, 0.0))]
-    assign_advantages(batch, parse("dr_grpo"), {"r": 1.0}, 10)
+    assign_advantages(batch, parse("dr_grpo"), 10)
     assert [r.advantage for r in batch[0].rollouts] == [0.5, 0.0, -0.5]
 
 
 def test_truncated_completions_still_count_in_their_groups_mean_under_the_overlong_filter() -> None:
     batch = [group(rollout(2, 1.0), rollout(9, 0.0, finish="length"), rollout(2, 0.5))]
-    assign_advantages(batch, parse({"name": "dr_grpo", "overlong_filter": True}), {"r": 1.0}, 10)
+    assign_advantages(batch, parse({"name": "dr_grpo", "overlong_filter": True}), 10)
     assert [r.advantage for r in batch[0].rollouts] == [0.5, -0.5, 0.0]
 
 
 def test_truncated_completions_have_no_tokens_in_token_weighted_estimators_under_the_filter() -> None:
     batch = [group(rollout(2, 1.0), rollout(9, 0.0, finish="length"), rollout(2, 0.5))]
-    assign_advantages(batch, parse({"name": "opo", "overlong_filter": True}), {"r": 1.0}, 10)
+    assign_advantages(batch, parse({"name": "opo", "overlong_filter": True}), 10)
     assert [r.advantage for r in batch[0].rollouts] == [0.25, -0.75, -0.25]
 
 
 def test_no_rollouts_give_no_metrics() -> None:
-    assert assign_advantages([], parse("grpo"), {}, 10) == {}
-    assert assign_advantages([group()], parse("grpo"), {}, 10) == {}
+    assert assign_advantages([], parse("grpo"), 10) == {}
+    assert assign_advantages([group()], parse("grpo"), 10) == {}
 
 
 # --- supervised and scores --------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ def step(budget: int, name: str = "grpo", share: bool = False) -> list[TrainBatc
     """24 sequences with every optional column filled."""
     algorithm = algorithms.parse(name)
     made = groups()
-    assign_advantages(made, algorithm, {"a": 1.0, "b": 1.0}, max_tokens=300)
+    assign_advantages(made, algorithm, max_tokens=300)
     [batches] = plan(made, algorithm, BatchSettings(budget, 1, 300, 0.7, share))
     generator = torch.Generator().manual_seed(3)
 

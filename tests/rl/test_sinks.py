@@ -34,8 +34,10 @@ def group() -> RolloutGroup:
     return RolloutGroup(
         prompt,
         [
-            Rollout(first, {"correct": 1.0, "style": None}, 1.0, 0.7),
-            Rollout(second, {"correct": 0.0, "style": 0.5}, 0.5, -0.7),
+            Rollout(
+                first, {"correct": 1.0, "style": None}, 1.0, 0.7, counted={"correct": 1.0}, weights={"correct": 1.0}
+            ),
+            Rollout(second, {"correct": 0.0, "style": 0.5}, 0.5, -0.7, {"correct": "timeout"}),
         ],
     )
 
@@ -50,6 +52,9 @@ def test_a_row_holds_everything_about_a_sample() -> None:
         "completion": "four",
         "finish_reason": "stop",
         "rewards": {"correct": 1.0, "style": None},
+        "counted": {"correct": 1.0},
+        "weights": {"correct": 1.0},
+        "failures": {},
         "reward": 1.0,
         "advantage": 0.7,
         "completion_length": 3,
@@ -57,6 +62,7 @@ def test_a_row_holds_everything_about_a_sample() -> None:
         "completion_ids": [5, 6, 2],
         "rollout_logprobs": [-0.5, -0.25, -0.125],
     }
+    assert rows[1]["failures"] == {"correct": "timeout"}
     assert (rows[1]["completion_length"], rows[1]["finish_reason"], rows[1]["advantage"]) == (2, "length", -0.7)
 
 

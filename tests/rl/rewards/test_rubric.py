@@ -44,7 +44,7 @@ def run(rubric: Rubric, groups: Groups, step: int = 0) -> list[RolloutGroup]:
 def scores(function: Callable[..., Any], groups: Groups | None = None, step: int = 0) -> list[float | None]:
     """Raw scores of one function, flat."""
     rubric = Rubric([function])
-    (name,) = rubric.weights
+    (name,) = rubric.names
     return [r.rewards[name] for group in run(rubric, groups or text_groups(), step) for r in group.rollouts]
 
 
@@ -78,13 +78,13 @@ def test_weights_by_name_replace_the_functions_own() -> None:
     def b(completion: str) -> float:
         return 10.0
 
-    rubric = Rubric([first, b], {"a": 0.25})
-    assert rubric.weights == {"a": 0.25, "b": 1.0}
+    rubric = Rubric([first, b], {"a": {"weight": 0.25}})
+    assert rubric.combining.weights(0) == {"a": 0.25, "b": 1.0}
     assert run(rubric, text_groups())[0].rollouts[0].reward == 10.25
-    with pytest.raises(RewardError, match=r"weight for c, but the rewards are a, b"):
-        Rubric([first, b], {"c": 1.0})
-    with pytest.raises(RewardError, match="finite"):
-        Rubric([first], {"a": math.nan})
+    with pytest.raises(RewardError, match=r"weight, requires or clip for c, but the rewards are a, b"):
+        Rubric([first, b], {"c": {"weight": 1.0}})
+    with pytest.raises(RewardError, match="reward a: weight=nan: weight is a finite number"):
+        Rubric([first], {"a": {"weight": math.nan}})
 
 
 def test_a_posttrain_function_receives_by_name_what_it_asks_for() -> None:
@@ -371,6 +371,7 @@ def test_metrics_leave_out_what_does_not_apply() -> None:
             "reward/unscored": 1 / 3,
             "reward/sometimes/mean": 4.5,
             "reward/sometimes/std": math.sqrt(0.5),
+            "reward/sometimes/max": 5.0,
             "reward/sometimes/applies": 2 / 3,
             "reward/never/applies": 0.0,
         }

@@ -40,7 +40,7 @@ def rows_file(tmp_path):
 
 def test_rows_and_rewards_in_python() -> None:
     gathered = gather(build(tree()), Given(rewards=[right, brief], rows=ROWS), None)
-    assert gathered.rubric.weights == {"right": 1.0, "brief": 0.5}
+    assert gathered.rubric.combining.weights(0) == {"right": 1.0, "brief": 0.5}
     assert list(gathered.rows) == ROWS and gathered.eval_rows is None and gathered.demonstrations == []
 
 
@@ -53,7 +53,7 @@ def test_names_are_relative_to_the_configurations_folder(rows_file, tmp_path) ->
     (tmp_path / "mine.py").write_text("def exact(completion, answer):\n    return 1.0\n")
     config = build(tree(data="rows.jsonl", rewards=["mine.py:exact"]))
     gathered = gather(config, Given(), tmp_path)
-    assert list(gathered.rubric.weights) == ["exact"]
+    assert list(gathered.rubric.names) == ["exact"]
     assert [row["prompt"] for row in gathered.rows] == [row["prompt"] for row in ROWS]
 
 
@@ -63,7 +63,7 @@ def test_a_weight_in_the_configuration_replaces_the_functions_own(tmp_path) -> N
         "@rl.reward(weight=4.0)\ndef b(completion):\n    return 1.0\n"
     )
     config = build(tree(rewards=[{"name": "mine.py:a", "weight": 0.25}, "mine.py:b"]))
-    assert gather(config, Given(rows=ROWS), tmp_path).rubric.weights == {"a": 0.25, "b": 4.0}
+    assert gather(config, Given(rows=ROWS), tmp_path).rubric.combining.weights(0) == {"a": 0.25, "b": 4.0}
 
 
 def test_no_rewards() -> None:

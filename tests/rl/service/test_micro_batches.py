@@ -90,6 +90,8 @@ def batch() -> Batch:
                 ),
                 {"a": r.reward},
                 r.reward,
+                counted={"a": r.reward},
+                weights={"a": 1.0},
             )
             for r in group.rollouts
         ]
@@ -99,7 +101,7 @@ def batch() -> Batch:
 
 async def train(learner: Crowded, said: list[str], **settings) -> tuple[dict[str, float], LearningStep]:
     chosen = config(max_tokens=40, prompts_per_step=6, **settings)
-    learning = LearningStep(chosen, learner, {"a": 1.0}, lambda step: 1e-2, said.append)
+    learning = LearningStep(chosen, learner, lambda step: 1e-2, said.append)
     figures = await learning.train(batch(), Timeline(), policy_version=0, rescore=True)
     return metrics.values(figures), learning
 
