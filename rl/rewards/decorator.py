@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -199,6 +200,8 @@ def shortcut(rewarded: Callable[..., Any]) -> Callable[[F], F]:
 
 
 def shortcut_of(function: Callable[..., Any]) -> Callable[..., Any] | None:
-    """What answers for an isolated reward where that is easy, if anything does."""
+    """What answers for an isolated reward where that is easy, if anything does: it knows of no arguments bound."""
+    if isinstance(function, functools.partial):
+        return None
     found: Callable[..., Any] | None = getattr(function, SHORTCUT, None)
     return found
