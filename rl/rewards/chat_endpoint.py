@@ -48,12 +48,12 @@ class _Passing(Exception):
 
 
 @dataclass(slots=True)
-class _Client:
-    """Connections of one event loop."""
+class _Connections:
+    """Of one event loop: a client for each call under way, since httpx's own pool takes time in the square of them."""
 
-    http: httpx.AsyncClient
     keeper: asyncio.Task[None]
     """Closes them when no call was under way for a while, and when the loop ends."""
+    idle: list[httpx.AsyncClient] = field(default_factory=list)
     calls: int = 0
     used: float = 0.0
     """When a call ended last, on the loop's clock."""
@@ -75,7 +75,7 @@ class ChatEndpoint:
     """Seconds of one attempt."""
     _answered: bool = False
     _paused_until: float = 0.0
-    _clients: dict[asyncio.AbstractEventLoop, _Client] = field(default_factory=dict)
+    _open: dict[asyncio.AbstractEventLoop, _Connections] = field(default_factory=dict)
     _jitter: random.Random = field(default_factory=random.Random)
 
     def __post_init__(self) -> None:
@@ -157,40 +157,41 @@ class ChatEndpoint:
 
     @asynccontextmanager
     async def _client(self) -> AsyncIterator[httpx.AsyncClient]:
-        """Shared by the calls of a loop."""
+        """With a connection that an earlier call used, where one is idle."""
         loop = asyncio.get_running_loop()
-        client = self._clients.get(loop) or self._opened(loop)
-        client.calls += 1
+        if loop not in self._open:
+            self._open[loop] = _Connections(loop.create_task(self._keep(loop)))
+        connections = self._open[loop]
+        http = connections.idle.pop() if connections.idle else self._new_client()
+        connections.calls += 1
         try:
-            yield client.http
+            yield http
         finally:
-            client.calls -= 1
-            client.used = loop.time()
+            connections.calls -= 1
+            connections.used = loop.time()
+            if self._open.get(loop) is connections:
+                connections.idle.append(http)
+            else:  # the loop is ending, and the keeper with it
+                await http.aclose()
 
-    def _opened(self, loop: asyncio.AbstractEventLoop) -> _Client:
+    def _new_client(self) -> httpx.AsyncClient:
         import httpx
 
         headers = {}
         if self.api_key_env is not None:
             headers["Authorization"] = f"Bearer {os.environ.get(self.api_key_env, '')}"
-        http = httpx.AsyncClient(
-            headers=headers,
-            verify=_certificates(),
-            timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+        return httpx.AsyncClient(
+            headers=headers, verify=_certificates(), timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
         )
-        client = _Client(http, loop.create_task(self._keep(loop, http)))
-        self._clients[loop] = client
-        return client
 
-    async def _keep(self, loop: asyncio.AbstractEventLoop, http: httpx.AsyncClient) -> None:
+    async def _keep(self, loop: asyncio.AbstractEventLoop) -> None:
         try:
             await asyncio.sleep(IDLE_S)
-            while self._clients[loop].calls or loop.time() - self._clients[loop].used < IDLE_S:
+            while self._open[loop].calls or loop.time() - self._open[loop].used < IDLE_S:
                 await asyncio.sleep(IDLE_S)
         finally:
-            self._clients.pop(loop, None)
-            await http.aclose()
+            for http in self._open.pop(loop).idle:
+                await http.aclose()
 
 
 @functools.cache

@@ -29,6 +29,7 @@ HERE = Path(__file__).parent
         "shared_attention",
         "training_step",
         "memory_model",
+        "rewards",
     ],
 )
 def test_each_script_explains_itself(script: str):

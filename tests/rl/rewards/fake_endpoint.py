@@ -58,10 +58,11 @@ Answer = Callable[[Request], Reply]
 
 
 class FakeEndpoint:
-    """Serves ``answer`` at ``base_url`` while the context is open; ``requests`` keeps what came, in order."""
+    """Serves ``answer`` at ``base_url`` while the context is open; ``requests`` holds what came, in order (``keep``)."""
 
     def __init__(self, answer: Answer, *, keep: bool = True) -> None:
         self.requests: list[Request] = []
+        self.requested = 0
         self.most_at_once = 0
         self.connections = 0
         self.base_url = ""
@@ -110,6 +111,7 @@ class FakeEndpoint:
         headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:] if line)}
         body = json.loads(await reader.readexactly(int(headers["content-length"])))
         request = Request(head[0].split()[1], headers, body, asyncio.get_running_loop().time())
+        self.requested += 1
         if self._keep:
             self.requests.append(request)
         self._at_once += 1
