@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,11 +14,14 @@ from typing import Any
 
 import pytest
 
+from posttrain import rl
 from posttrain.rl.errors import ConfigError, RewardError
 from posttrain.rl.metrics import Sum
-from posttrain.rl.rewards import Rubric, reward
+from posttrain.rl.rewards import Rubric, metric, reward
 from posttrain.rl.rewards.decorator import shortcut
+from posttrain.rl.rewards.process_tree import children
 from posttrain.rl.types import Completion, Prompt, Rollout, RolloutGroup
+from tests.rl.service.tiny_runs import ROWS, settings, spread
 
 TEXTS = ("a", "bb", "ccc", "dddd")
 
@@ -277,3 +281,33 @@ def test_close_ends_the_processes_and_the_next_call_starts_new_ones() -> None:
     second = asyncio.run(rubric.score([group(["x"])]))[0].rollouts[0].reward
     rubric.close()
     assert first != second
+
+
+def keepers() -> list[int]:
+    return [pid for pid in children(os.getpid()) if b"pool_keeper" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
+def test_a_run_counts_failures_and_ends_its_processes(tmp_path: Path) -> None:
+    before = set(keepers())
+    alive: list[int] = []
+
+    @reward(isolate=True)
+    def dies(completion: str, answer: str) -> float:
+        os._exit(1)
+
+    @reward(isolate=True)
+    def spread_there(completion: str) -> float:
+        return spread(completion)
+
+    @metric
+    def looks(completion: str) -> float:
+        alive.extend(set(keepers()) - before)
+        return 0.0
+
+    result = rl.train(
+        dataset=ROWS, rewards=[dies, spread_there, looks], output_dir=str(tmp_path), seed=1, **settings(steps=2)
+    )
+    row = result.metrics[-1]
+    assert row["reward/dies/errors"] == 8 and row["reward/dies/mean"] == 0.0 and row["reward/spread_there/mean"] > 0
+    assert alive and set(keepers()) <= before
