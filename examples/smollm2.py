@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from posttrain import rl
 
@@ -50,7 +51,7 @@ def parse(description: str) -> argparse.Namespace:
 
 def train(
     options: argparse.Namespace,
-    problems: list[dict[str, str]],
+    problems: list[dict[str, Any]],
     reward: Callable[..., float],
     *,
     worked_turns: list[dict[str, str]],

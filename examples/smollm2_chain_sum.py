@@ -9,11 +9,11 @@ reply counts. There are 200 different problems; 40 are held out for evaluation.
 
 from __future__ import annotations
 
-import re
+from typing import Any
 
 from smollm2 import parse, train
 
-from posttrain import rl
+from posttrain.rl.rewards.reasoning_gym import reasoning_gym, rows
 
 QUESTION = "State the final answer to the following arithmetic problem: {} ="
 WORKED_TURNS = [
@@ -22,25 +22,14 @@ WORKED_TURNS = [
     {"role": "user", "content": QUESTION.format("3 - 9")},
     {"role": "assistant", "content": "The final answer is -6"},
 ]
-NUMBER = re.compile(r"-?\d+")
 
 
-@rl.reward
-def correct(completion: str, answer: str) -> float:
-    """1 when the last number of the reply is the answer."""
-    numbers = NUMBER.findall(completion)
-    return float(bool(numbers) and int(numbers[-1]) == int(answer))
-
-
-def problems() -> list[dict[str, str]]:
+def problems() -> list[dict[str, Any]]:
     """Each problem once; with 4,000 draws from 200 none is missing."""
-    import reasoning_gym
-
     settings = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1, "allow_negation": False}
-    drawn = reasoning_gym.create_dataset("chain_sum", seed=0, size=4000, **settings)
-    answers = {row["question"]: row["answer"] for row in drawn}
-    return [{"prompt": question, "answer": answers[question]} for question in sorted(answers)]
+    return sorted(rows("chain_sum", size=4000, **settings), key=lambda row: row["prompt"])
 
 
 if __name__ == "__main__":
+    correct = reasoning_gym(answer_in="last_number", partial=False, name="correct")
     train(parse(__doc__), problems(), correct, worked_turns=WORKED_TURNS, held_out=40)

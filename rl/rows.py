@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from posttrain.rl.errors import DataError
+from posttrain.rl.rewards import reasoning_gym
 from posttrain.rl.rewards.references import import_function
 
 Row = Mapping[str, Any]
@@ -42,6 +43,8 @@ def read_rows(spec: str | Iterable[Row], *, subset: str | None, split: str, base
         return _from_folder(path, split)
     if path.is_file() and path.suffix in SUFFIXES:
         return _from_file(path)
+    if spec.startswith(reasoning_gym.PREFIX):
+        return reasoning_gym.rows_of(spec, split)
     if ":" in spec:
         return _from_function(spec, split, base)
     if path.suffix in SUFFIXES or spec.startswith((".", "/", "~")):

@@ -26,6 +26,7 @@ BUILT_INS: dict[str, str] = {
     "language": "posttrain.rl.rewards.language:language",
     "length_penalty": "posttrain.rl.rewards.length:length_penalty",
     "math_answer": "posttrain.rl.rewards.math_answer:math_answer",
+    "reasoning_gym": "posttrain.rl.rewards.reasoning_gym:reasoning_gym",
     "regex_format": "posttrain.rl.rewards.text_format:regex_format",
     "repetition": "posttrain.rl.rewards.repetition:repetition",
     "reward_model": "posttrain.rl.rewards.reward_model:RewardModel",

@@ -68,22 +68,6 @@ def test_addition_has_every_sum_of_two_digits_once(addition):
     assert sum(int(problem["answer"]) for problem in problems) == 810
 
 
-@pytest.mark.parametrize(
-    ("completion", "score"),
-    [
-        ("The final answer is -6", 1.0),
-        ("3 - 9 = -6.", 1.0),
-        ("-6", 1.0),
-        ("-6 is the answer to 3 - 9", 0.0),  # the last number counts
-        ("6", 0.0),
-        ("minus six", 0.0),
-        ("", 0.0),
-    ],
-)
-def test_the_last_number_of_a_chain_sum_counts(chain_sum, completion: str, score: float):
-    assert chain_sum.correct(completion, answer="-6") == score
-
-
 def test_chain_sum_has_every_sum_and_difference_of_two_digits_once(chain_sum):
     pytest.importorskip("reasoning_gym")
     problems = {problem["prompt"]: problem["answer"] for problem in chain_sum.problems()}
