@@ -135,7 +135,7 @@ def run_together(
         watch(running, limits.timeout_s)
     return [
         Result(
-            child.status,
+            child.status if isolation.bubblewrap is None or child.status <= 128 else 128 - child.status,
             child.output[0].decode("utf-8", "replace"),
             child.output[1].decode("utf-8", "replace"),
             child.seconds,
@@ -282,7 +282,9 @@ def _command(path: Path, limits: Limits, isolation: Isolation) -> list[str]:
     for readable in dict.fromkeys([*_readable(), *imports]):
         if not readable.startswith("/dev/"):
             box += ["--ro-bind-try", readable, readable]
-    return [*box, "--bind", scratch, scratch, "--chdir", scratch, *command]
+    # the new root and /dev are memory: nothing may be written there
+    box += ["--bind", scratch, scratch, "--chdir", scratch, "--remount-ro", "/dev", "--remount-ro", "/"]
+    return [*box, *command]
 
 
 def _readable() -> list[str]:

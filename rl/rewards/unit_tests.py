@@ -83,10 +83,7 @@ def unit_tests(
     @explains(score)
     def explanation(completion: str, tests: object, entry_point: str | None = None) -> str:
         verdict = judge(completion, tests, entry_point, threading.Event())
-        stopped = "; the rest was not run" if all_or_nothing and verdict.passed < verdict.tests else ""
-        return (
-            f"{verdict.passed} of {verdict.tests} tests passed{verdict.complaint and ': '}{verdict.complaint}{stopped}"
-        )
+        return f"{verdict.passed} of {verdict.tests} tests passed{verdict.complaint and ': '}{verdict.complaint}"
 
     return score
 
@@ -116,6 +113,7 @@ class Trial:
                 continue
             complaint = complaint or f"test {number}: {_cause(result, case.output)}"
             if self.first_failure_ends:
+                complaint += "; the rest was not run" if number < len(cases) else ""
                 break
         return Verdict(passed, len(cases), complaint)
 
