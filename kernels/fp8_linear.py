@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from posttrain.kernels.fp8 import dequantize_fp8, native_e4m3, scale_kind, scale_strides, widened
-from posttrain.kernels.split_k import cut, parts_to_fill, store_part, sum_of_parts
+from posttrain.kernels.launch import gpu
+from posttrain.kernels.split_k import cut, even_parts, parts_to_fill, store_part, sum_of_parts
 
 KERNEL_ROWS = 256
 """More rows than that go through a dequantized weight and torch's product. Reading the weight once as fp8 pays while
@@ -65,7 +66,7 @@ def fp8_linear(
     assert weight.dtype == torch.float8_e4m3fn and x.shape[1] == weight.shape[1], (
         "x [M, K], weight float8_e4m3fn [N, K]"
     )
-    if x.shape[0] > KERNEL_ROWS:
+    if x.shape[0] > KERNEL_ROWS or gpu(x.device).capability < (8, 0):  # Triton uses no tensor cores below
         return F.linear(x, dequantize_fp8(weight, scale, x.dtype), bias)
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[0])
@@ -82,7 +83,7 @@ def _launch(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, locks
     steps = -(-inputs // block_k)
     most = min(parts_to_fill(x.device, tiles_m * tiles_n, tiles.programs), steps // _LEAST_STEPS, _MOST_PARTS)
     y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    parts, sums, locks = cut(y, tiles_m * tiles_n, tiles.block_m * tiles.block_n, most, locks)
+    parts, sums, locks = cut(y, tiles_m * tiles_n, tiles.block_m * tiles.block_n, even_parts(steps, most), locks)
     stride_sn, stride_sk = scale_strides(scale, kind)
     _fp8_linear_kernel[(tiles_m * tiles_n, parts)](
         x,

@@ -2,19 +2,15 @@
 
 Shape letters: M rows of x, O outputs, I inputs; N blocks of weights under one absmax.
 
-A weight is ``code · absmax`` in float32, rounded to the type of the result, in the product as in the dequantized
-matrix: the sampler, which multiplies few rows by the packed weight, and the trainer, which multiplies many by the
-dequantized one, run the same policy.
-
-The 16 codes lie in the registers of a half-warp, one in each thread, and a nibble is looked up by a shuffle, which
-itself drops the bits above it: about five instructions a weight in all, a fifth of them shuffles.
+A dequantized weight is ``code · absmax`` in float32, rounded to the type of the result: bitsandbytes' numbers, and the
+trainer's. The product rounds the codes instead and scales the float32 sum of each block by its absmax: half the
+instructions, and nearer to the exact weight than the rounded one is (see ``nf4_codes.SCALE``). Sampler and trainer
+differ by less than two roundings of the weight.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import struct
 from typing import NamedTuple
 
 import torch
@@ -24,8 +20,17 @@ import triton.language as tl
 from torch import Tensor
 
 from posttrain.kernels.launch import gpu
-from posttrain.kernels.reference.nf4 import NF4_CODE, NestedAbsmax
-from posttrain.kernels.split_k import cut, parts_to_fill, store_part, sum_of_parts
+from posttrain.kernels.nf4_codes import (
+    SCALE,
+    codes,
+    hold_codes_in_registers,
+    hold_tables_in_registers,
+    looked_up,
+    scaled_codes,
+    unpacked,
+)
+from posttrain.kernels.reference.nf4 import NestedAbsmax
+from posttrain.kernels.split_k import cut, even_parts, parts_to_fill, store_part, sum_of_parts
 
 
 class _Tiles(NamedTuple):
@@ -34,7 +39,8 @@ class _Tiles(NamedTuple):
     block_m: int
     block_n: int
     """Outputs; at least 16 for each warp, so that every warp unpacks weights of its own."""
-    block_k: int
+    blocks: int
+    """Of 64 inputs or fewer, under one absmax, between two barriers."""
     warps: int
     stages: int
     programs: int
@@ -42,16 +48,18 @@ class _Tiles(NamedTuple):
 
 
 TILES = (
-    _Tiles(8, 8, 32, 128, 2, 5, 8),
-    _Tiles(16, 16, 32, 128, 2, 5, 8),
-    _Tiles(32, 32, 64, 128, 4, 4, 4),
-    _Tiles(64, 64, 64, 128, 4, 4, 3),
-    _Tiles(128, 128, 64, 64, 4, 4, 2),
+    _Tiles(8, 8, 64, 1, 2, 5, 8),
+    _Tiles(16, 16, 64, 1, 2, 5, 8),
+    _Tiles(32, 32, 64, 1, 2, 4, 6),
+    _Tiles(64, 64, 128, 1, 4, 4, 2),
+    _Tiles(128, 128, 128, 1, 8, 3, 1),
 )
 KERNEL_ROWS = TILES[-1].rows
 """More rows than that go through a dequantized weight and torch's product."""
 _MOST_PARTS = 16
-_LEAST_STEPS = 2
+_LEAST_BLOCKS = 4
+"""Of a part: fewer do not fill the pipeline."""
+_BLOCK_K = 64
 DEQUANTIZED_AT_ONCE = 4096
 """Weights of one program of the dequantizing kernel."""
 DEQUANTIZE_WARPS = 4
@@ -88,7 +96,7 @@ def dequantize_nf4(
             outer.code,
             outer.scale,
             outer.offset,
-            _codes(packed.device),
+            codes(packed.device),
             out,
             total,
             NESTED=0 if nested is None else nested.block_size,
@@ -116,13 +124,15 @@ def nf4_linear(
 
     ``x`` [M, I] of any strides, float16, bfloat16 or float32; the weight as in ``dequantize_nf4``; ``bias`` [O].
     ``locks``: int32 zeros [LOCKS], for calls that follow one another on a stream; made afresh without them. Many rows,
-    and rows of the weight that cut a block, go through the dequantized weight.
+    float32, rows of the weight that cut a block, and GPUs whose tensor cores Triton does not use (below compute
+    capability 8.0) go through the dequantized weight.
     """
     outputs, inputs = shape
     assert x.shape[1] == inputs and absmax.dtype == torch.float32, "x [M, I], absmax float32"
     if x.shape[0] == 0:
         return x.new_empty(0, outputs)
-    if x.shape[0] > KERNEL_ROWS or inputs % block_size:
+    few = x.shape[0] <= KERNEL_ROWS
+    if not few or x.element_size() != 2 or inputs % block_size or gpu(x.device).capability < (8, 0):
         return F.linear(x, dequantize_nf4(packed, absmax, shape, x.dtype, block_size=block_size), bias)
     assert packed.numel() * 2 == outputs * inputs and packed.is_contiguous() and absmax.is_contiguous()
     return _launch(x, packed, absmax, block_size, bias, locks)
@@ -134,82 +144,43 @@ def _launch(
     rows, inputs = x.shape
     outputs = packed.numel() * 2 // inputs
     tiles = next(tiles for tiles in TILES if rows <= tiles.rows)
-    block_k = tiles.block_k * 2 // x.element_size()  # float32 takes the room of two
     tiles_m, tiles_n = -(-rows // tiles.block_m), -(-outputs // tiles.block_n)
-    steps = -(-inputs // block_k)
-    most = min(parts_to_fill(x.device, tiles_m * tiles_n, tiles.programs), steps // _LEAST_STEPS, _MOST_PARTS)
+    block_k = min(block_size, _BLOCK_K)
+    blocks = inputs // block_k
+    at_once = tiles.blocks if blocks % tiles.blocks == 0 else 1
+    most = min(parts_to_fill(x.device, tiles_m * tiles_n, tiles.programs), blocks // _LEAST_BLOCKS, _MOST_PARTS)
     y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
+    most = even_parts(blocks // at_once, most)
     parts, sums, locks = cut(y, tiles_m * tiles_n, tiles.block_m * tiles.block_n, most, locks)
     _nf4_linear_kernel[(tiles_m * tiles_n, parts)](
         x,
         packed,
         absmax,
-        _codes(x.device),
+        scaled_codes(x.device, x.dtype),
         x if bias is None else bias,
         y,
         sums,
         locks,
         rows,
         outputs,
-        inputs,
+        blocks,
         parts,
         *x.stride(),
+        inputs // 2,
+        inputs // block_size,
         0 if bias is None else bias.stride(0),
         HAS_BIAS=bias is not None,
-        SHUFFLE=not gpu(x.device).interpreted,
-        EVEN_K=inputs % block_k == 0,
+        PERMUTE=not gpu(x.device).interpreted,
         CUT_K=parts > 1,
         BLOCK_SIZE=block_size,
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
         BLOCK_K=block_k,
+        AT_ONCE=at_once,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
     return y
-
-
-@functools.cache
-def _codes(device: torch.device) -> Tensor:
-    """float32 [16]; read by the interpreter only."""
-    return torch.tensor(NF4_CODE, device=device)
-
-
-def _hold_codes() -> str:
-    """PTX that declares ``nf4_code``, a register, and gives each thread of a half-warp its code: thread i that of i."""
-    bits = [struct.unpack("<I", struct.pack("<f", code))[0] for code in NF4_CODE]
-    chosen = " ".join(
-        f"setp.eq.u32 mine, lane, {index}; selp.b32 nf4_code, {value:#x}, nf4_code, mine;"
-        for index, value in enumerate(bits)
-    )
-    return (
-        ".reg .b32 nf4_code; mov.b32 nf4_code, 0; mov.b32 $0, $1; "
-        "{ .reg .u32 lane; .reg .pred mine; mov.u32 lane, %laneid; and.b32 lane, lane, 15; " + chosen + " }"
-    )
-
-
-# The register is a name in PTX and no tensor: the compiler may move what it knows of between threads, and it unpacks
-# weights in the layout of the tensor cores' operand (instead of passing 16-bit weights through shared memory) only
-# where they follow from loaded values alone.
-_HOLD_CODES = tl.constexpr(_hold_codes())
-# Lanes 0 to 15 and 16 to 31 among themselves; of the index only the low four bits count.
-_LOOK_UP = tl.constexpr("shfl.sync.idx.b32 $0, nf4_code, $1, 0x101f, 0xffffffff;")
-
-
-@triton.jit
-def _hold_codes_in_registers() -> None:
-    """Before the first ``_looked_up``, once in a kernel."""
-    tl.inline_asm_elementwise(_HOLD_CODES, "=r,r", [0], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def _looked_up(nibble: tl.tensor, code_ptr: tl.tensor, SHUFFLE: tl.constexpr) -> tl.tensor:
-    """float32 codes of uint32 whose low four bits are the index."""
-    if SHUFFLE:
-        bits = tl.inline_asm_elementwise(_LOOK_UP, "=r,r", [nibble], dtype=tl.uint32, is_pure=True, pack=1)
-        return bits.to(tl.float32, bitcast=True)
-    else:
-        return tl.load(code_ptr + (nibble & 15))
 
 
 @triton.jit
@@ -230,7 +201,7 @@ def _dequantize_nf4_kernel(
 ) -> None:
     """BLOCKS blocks of the flat matrix; NESTED: how many absmax share a scale, 0: they are float32."""
     if SHUFFLE:
-        _hold_codes_in_registers()
+        hold_codes_in_registers()
     first = tl.program_id(0).to(tl.int64) * BLOCKS
     offs_block = first + tl.arange(0, BLOCKS)
     offs_byte = first * (BLOCK_SIZE // 2) + tl.arange(0, BLOCKS * BLOCK_SIZE // 2)
@@ -245,8 +216,8 @@ def _dequantize_nf4_kernel(
         absmax = tl.load(outer_code_ptr + absmax.to(tl.int32)) * scale + tl.load(offset_ptr)
     wide = bits.to(tl.uint32)
     spread = tl.broadcast_to(absmax[:, None], (BLOCKS, BLOCK_SIZE // 2)).reshape(BLOCKS * BLOCK_SIZE // 2)
-    high = _looked_up(wide >> 4, code_ptr, SHUFFLE) * spread
-    low = _looked_up(wide, code_ptr, SHUFFLE) * spread
+    high = looked_up(wide >> 4, code_ptr, SHUFFLE) * spread
+    low = looked_up(wide, code_ptr, SHUFFLE) * spread
     kind = out_ptr.dtype.element_ty
     weights = tl.join(high.to(kind), low.to(kind)).reshape(BLOCKS * BLOCK_SIZE)
     offs_out = first * BLOCK_SIZE + tl.arange(0, BLOCKS * BLOCK_SIZE)
@@ -256,7 +227,7 @@ def _dequantize_nf4_kernel(
         tl.store(out_ptr + offs_out, weights, mask=offs_out < total)
 
 
-@triton.jit(do_not_specialize=["M", "parts"])
+@triton.jit(do_not_specialize=["M", "blocks", "parts", "stride_absmax"])
 def _nf4_linear_kernel(
     x_ptr: tl.tensor,
     w_ptr: tl.tensor,
@@ -268,56 +239,55 @@ def _nf4_linear_kernel(
     locks_ptr: tl.tensor,
     M: tl.tensor,
     N: tl.tensor,
-    K: tl.tensor,
+    blocks: tl.tensor,
     parts: tl.tensor,
     stride_xm: tl.tensor,
     stride_xk: tl.tensor,
+    stride_w: tl.tensor,
+    stride_absmax: tl.tensor,
     stride_b: tl.tensor,
     HAS_BIAS: tl.constexpr,
-    SHUFFLE: tl.constexpr,
-    EVEN_K: tl.constexpr,
+    PERMUTE: tl.constexpr,
     CUT_K: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ) -> None:
-    """One tile of yᵀ, or one part of its sum. Neighbours share a tile of the weight: it stays in L2 between them."""
-    if SHUFFLE:
-        _hold_codes_in_registers()
+    """One tile of yᵀ, or one part of its sum; ``blocks`` of BLOCK_K inputs each, a multiple of AT_ONCE.
+
+    Neighbours share a tile of the weight: it stays in L2 between them.
+    """
+    if PERMUTE:
+        hold_tables_in_registers(x_ptr.dtype.element_ty)
     tile, part = tl.program_id(0), tl.program_id(1)
     tiles_m = tl.cdiv(M, BLOCK_M)
     offs_m = (tile % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = (tile // tiles_m) * BLOCK_N + tl.arange(0, BLOCK_N)
-    SPAN: tl.constexpr = BLOCK_SIZE if BLOCK_SIZE < BLOCK_K else BLOCK_K  # weights of one row under one absmax
-    SPANS: tl.constexpr = BLOCK_K // SPAN
-    offs_k, offs_byte, offs_span = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_K // 2), tl.arange(0, SPANS)
+    offs_k, offs_byte = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_K // 2)
     mask_m, mask_n = offs_m < M, offs_n < N
     safe_n = tl.where(mask_n, offs_n, 0)  # a row that exists instead of a mask in the loop
-    x_row, row = offs_m.to(tl.int64)[None, :] * stride_xm, safe_n.to(tl.int64)[:, None]
+    row = safe_n.to(tl.int64)
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm + offs_k[:, None] * stride_xk
+    w_ptrs, absmax_ptrs = w_ptr + row[:, None] * stride_w + offs_byte[None, :], absmax_ptr + row * stride_absmax
 
-    steps = tl.cdiv(K, BLOCK_K)
-    each = tl.cdiv(steps, parts)
+    each = tl.cdiv(blocks, parts * AT_ONCE) * AT_ONCE
+    end = tl.minimum(part * each + each, blocks)
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for step in range(part * each, tl.minimum(part * each + each, steps)):
-        at_k, at_byte = step * BLOCK_K + offs_k, step * (BLOCK_K // 2) + offs_byte
-        at_span = step * BLOCK_K + offs_span * SPAN
-        x_ptrs = x_ptr + x_row + at_k[:, None] * stride_xk
-        w_ptrs = w_ptr + row * (K // 2) + at_byte[None, :]
-        absmax_ptrs = absmax_ptr + row * (K // BLOCK_SIZE) + (at_span // BLOCK_SIZE)[None, :]
-        if EVEN_K:
-            x = tl.load(x_ptrs, mask=mask_m[None, :], other=0.0)
-            bits, absmax = tl.load(w_ptrs), tl.load(absmax_ptrs)
-        else:
-            x = tl.load(x_ptrs, mask=mask_m[None, :] & (at_k < K)[:, None], other=0.0)
-            bits = tl.load(w_ptrs, mask=(at_byte < K // 2)[None, :], other=0)
-            absmax = tl.load(absmax_ptrs, mask=(at_span < K)[None, :], other=0.0)
-        wide = bits.to(tl.uint32)
-        spread = tl.broadcast_to(absmax[:, :, None], (BLOCK_N, SPANS, SPAN // 2)).reshape(BLOCK_N, BLOCK_K // 2)
-        high = _looked_up(wide >> 4, code_ptr, SHUFFLE) * spread
-        low = _looked_up(wide, code_ptr, SHUFFLE) * spread
-        w = tl.join(high.to(x.dtype), low.to(x.dtype)).reshape(BLOCK_N, BLOCK_K)
-        acc = tl.dot(w, x, acc, input_precision="ieee")
+    scale = tl.load(absmax_ptrs + part * each * BLOCK_K // BLOCK_SIZE)
+    for first in range(part * each, end, AT_ONCE):
+        for index in tl.static_range(AT_ONCE):
+            block = first + index
+            x = tl.load(x_ptrs + block * BLOCK_K * stride_xk, mask=mask_m[None, :], other=0.0)
+            bits = tl.load(w_ptrs + block * (BLOCK_K // 2))
+            # a block ahead: the pipeline holds only what a product reads
+            ahead = tl.minimum(block + 1, blocks - 1)
+            following = tl.load(absmax_ptrs + ahead * BLOCK_K // BLOCK_SIZE)
+            w = unpacked(bits, code_ptr, x.dtype, PERMUTE)
+            acc += tl.dot(w, x) * scale[:, None]
+            scale = following
+    acc *= 1 / SCALE
 
     last = True
     if CUT_K:

@@ -45,6 +45,12 @@ def parts_to_fill(device: torch.device, tiles: int, programs: int) -> int:
     return programs * gpu(device).processors // tiles
 
 
+def even_parts(steps: int, most: int) -> int:
+    """The parts among which ``steps`` are dealt, each as many as the largest of ``most``: none is left empty."""
+    each = -(-steps // max(1, most))
+    return -(-steps // each)
+
+
 @triton.jit
 def store_part(
     acc: tl.tensor, sums_ptr: tl.tensor, locks_ptr: tl.tensor, tile: tl.tensor, part: tl.tensor, parts: tl.tensor
@@ -66,7 +72,11 @@ def sum_of_parts(
     at = tl.arange(0, acc.shape[0])[:, None] * acc.shape[1] + tl.arange(0, acc.shape[1])[None, :]
     tl.debug_barrier()
     total = tl.zeros_like(acc)
-    for part in range(parts):
-        total += tl.load(sums_ptr + (tile.to(tl.int64) * parts + part) * size + at, cache_modifier=".cg")
+    sums_ptrs = sums_ptr + tile.to(tl.int64) * parts * size + at
+    AT_ONCE: tl.constexpr = 8 if size <= 512 else 4096 // size if size < 4096 else 1  # as many as registers hold
+    for first in range(0, parts, AT_ONCE):
+        for part in tl.static_range(AT_ONCE):
+            here = first + part < parts
+            total += tl.load(sums_ptrs + (first + part) * size, mask=here, other=0.0, cache_modifier=".cg")
     tl.store(locks_ptr + tile, 0)
     return total

@@ -19,7 +19,7 @@ from tests.kernels.kernel_tests import (
 )
 
 triton = pytest.importorskip("triton")
-from posttrain.kernels import fp8, fp8_linear, split_k  # noqa: E402 - needs triton
+from posttrain.kernels import fp8, fp8_linear, launch, split_k  # noqa: E402 - needs triton
 
 SHAPES = [(1, 9, 41), (3, 70, 128), (16, 64, 1041), (17, 41, 512), (33, 130, 341), (70, 129, 1024), (130, 9, 320)]
 """Rows, outputs, inputs; 1024 and 1041 inputs are cut into parts."""
@@ -102,9 +102,11 @@ def test_every_bit_pattern_is_widened_exactly(native, dtype, monkeypatch):
 
 
 @runs
-def test_many_rows_go_through_torchs_product(monkeypatch):
+@pytest.mark.parametrize(("rows", "capability"), [(fp8_linear.KERNEL_ROWS + 1, (9, 0)), (3, (7, 5))])
+def test_many_rows_and_old_tensor_cores_go_through_torchs_product(rows, capability, monkeypatch):
     monkeypatch.setattr(fp8_linear, "_launch", None)
-    x, weight, scale, bias = problem((fp8_linear.KERNEL_ROWS + 1, 9, 41), torch.float32, "row")
+    monkeypatch.setattr(fp8_linear, "gpu", lambda device: launch.gpu(device)._replace(capability=capability))
+    x, weight, scale, bias = problem((rows, 9, 41), torch.float32, "row")
     y = fp8_linear.fp8_linear(x, weight, scale, bias)
     torch.testing.assert_close(y.double(), exact(x, weight, scale, bias), rtol=1e-5, atol=1e-4)
     assert fp8_linear.fp8_linear(x[:0], weight, scale, bias).shape == (0, 9)

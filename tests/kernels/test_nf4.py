@@ -23,7 +23,7 @@ from tests.kernels.kernel_tests import (
 )
 
 triton = pytest.importorskip("triton")
-from posttrain.kernels import nf4, split_k  # noqa: E402 - needs triton
+from posttrain.kernels import launch, nf4, nf4_codes, split_k  # noqa: E402 - needs triton
 
 MATRICES = [(3, 1), (9, 41), (41, 341), (64, 192), (130, 300)]
 SHAPES = [(1, 9, 64), (3, 70, 192), (8, 33, 1088), (9, 41, 320), (20, 66, 704), (41, 130, 256), (70, 20, 384)]
@@ -172,78 +172,176 @@ def test_error_of_the_product_is_at_most_twice_torchs(shape, dtype, filled_with_
 
 @runs
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_the_product_sees_the_weight_that_is_dequantized(dtype):
-    """One input at a time: sampler and trainer then hold the same weight, bit for bit."""
+def test_the_product_sees_a_weight_no_further_off_than_the_rounded_one(dtype):
+    """One input at a time: code · absmax, the code within 0.0008 of the largest, rounded once."""
     shape = (32, 128)
     packed, absmax = packed_weight(shape)
-    weight = nf4.dequantize_nf4(packed, absmax, shape, dtype)
+    exact = by_hand(packed, absmax, shape)
     y = nf4.nf4_linear(torch.eye(128, dtype=dtype, device=DEVICE), packed, absmax, shape)
-    assert torch.equal(y, weight.T)
+    largest = absmax.double().view(32, 2).repeat_interleave(64, dim=1)
+    off_by = {torch.float16: 3.5e-4, torch.bfloat16: 8e-4, torch.float32: 0.0}[dtype]
+    assert ((y.T.double() - exact).abs() <= off_by * largest + torch.finfo(dtype).eps / 2 * exact.abs() * 1.001).all()
+
+
+@not_interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_scaled_codes_are_nearer_than_rounded_weights(dtype):
+    codes = torch.tensor(reference.NF4_CODE, dtype=torch.float64)
+    scaled = nf4_codes.scaled_codes(torch.device("cpu"), dtype).double() / nf4_codes.SCALE.value
+    weights = codes * torch.linspace(0.01, 1, 5000, dtype=torch.float64)[:, None]
+    rounded = (weights.to(dtype).double() - weights) / weights[:, :1].abs()
+    assert (scaled - codes).square().mean() < rounded.square().mean()
+
+
+@not_interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_nibble_of_a_word_becomes_its_code(dtype):
+    """The instructions, executed here: the interpreter does not know them."""
+    codes = nf4_codes.scaled_codes(torch.device("cpu"), dtype).view(torch.int16).tolist()
+    registers = {"%ctaid.z": 0, "$1": 0}
+    execute(nf4_codes._hold_tables(dtype), registers)
+    generator = torch.Generator().manual_seed(0)
+    words = [index * 0x01010101 for index in range(256)]
+    words += torch.randint(0, 2**32, (200,), generator=generator).tolist()
+    for word in words:
+        execute(nf4_codes._pairs_of_codes(), registers | {"$4": word}, found := {})
+        for index in range(4):
+            byte = word >> 8 * index & 255
+            assert found[f"${index}"] == codes[byte >> 4] & 0xFFFF | (codes[byte & 15] & 0xFFFF) << 16
+
+
+def execute(instructions, registers, written=None):
+    """PTX on 32-bit registers (PTX ISA, section 9.7); ``written``: what is assigned, apart from what was there."""
+    values = dict(registers)
+    for line in re.sub(r"\.reg[^;]*;|[{}]", "", instructions).split(";"):
+        if line.strip():
+            name, *operands = re.split(r"[\s,]+", line.strip())
+            target, *sources = operands
+            a, b, c, table = ([values[text] if text in values else int(text, 0) for text in sources] + [0] * 3)[:4]
+            values[target] = {"mov": mov, "shl": shl, "shr": shr, "and": both, "xor": xor, "prmt": prmt, "lop3": lop3}[
+                name.split(".")[0]
+            ](a, b, c, table)
+    (registers if written is None else written).update(values)
+
+
+def mov(a, *_):
+    return a
+
+
+def shl(a, b, *_):
+    return a << b & 0xFFFFFFFF
+
+
+def shr(a, b, *_):
+    return a >> b
+
+
+def both(a, b, *_):
+    return a & b
+
+
+def xor(a, b, *_):
+    return a ^ b
+
+
+def prmt(a, b, selector, _):
+    """Byte i of the result: the byte that the low three bits of nibble i name, or its sign where the fourth is set."""
+    result = 0
+    for index in range(4):
+        nibble = selector >> 4 * index & 15
+        byte = (a | b << 32) >> 8 * (nibble & 7) & 255
+        result |= (255 * (byte >> 7) if nibble & 8 else byte) << 8 * index
+    return result
+
+
+def lop3(a, b, c, table):
+    """Bit by bit, the entry of ``table`` that the three bits name."""
+    return sum((table >> ((a >> i & 1) << 2 | (b >> i & 1) << 1 | c >> i & 1) & 1) << i for i in range(32))
 
 
 @runs
 @pytest.mark.parametrize("block_size", [32, 128, 256])
 def test_other_block_sizes(block_size):
     shape = (5, 40, 512)
-    x, packed, absmax, bias, exact = problem(shape, torch.float32, block_size)
+    x, packed, absmax, bias, exact = problem(shape, torch.float16, block_size)
     y = nf4.nf4_linear(x, packed, absmax, shape[1:], block_size=block_size, bias=bias)
-    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y.double(), exact, rtol=1e-3, atol=3e-3)
 
 
 @runs
 def test_no_bias_and_locks_that_are_used_again(filled_with_nan):  # noqa: F811
-    x, packed, absmax, bias, exact = problem((5, 70, 1088), torch.float32)
+    x, packed, absmax, bias, exact = problem((5, 70, 1088), torch.float16)
     locks = torch.zeros(split_k.LOCKS, dtype=torch.int32, device=DEVICE)
     once, twice = (nf4.nf4_linear(x, packed, absmax, (70, 1088), locks=locks) for _ in range(2))
     assert torch.equal(once, twice) and not locks.any()
-    torch.testing.assert_close(once.double() + bias.double(), exact, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(once.double() + bias.double(), exact, rtol=1e-3, atol=3e-3)
 
 
 @runs
-@pytest.mark.parametrize(("rows", "inputs"), [(nf4.KERNEL_ROWS + 1, 64), (3, 41)])
-def test_many_rows_and_rows_that_cut_a_block_are_dequantized(rows, inputs, monkeypatch):
+@pytest.mark.parametrize(
+    ("rows", "inputs", "dtype", "capability"),
+    [
+        (nf4.KERNEL_ROWS + 1, 64, torch.float16, (9, 0)),
+        (3, 41, torch.float16, (9, 0)),
+        (3, 64, torch.float32, (9, 0)),
+        (3, 64, torch.float16, (7, 5)),
+    ],
+)
+def test_what_the_kernel_does_not_take_is_dequantized(rows, inputs, dtype, capability, monkeypatch):
+    """Many rows, rows that cut a block, float32, a GPU whose tensor cores Triton leaves idle."""
     monkeypatch.setattr(nf4, "_launch", None)
-    x, packed, absmax, bias, exact = problem((rows, 9, inputs), torch.float32)
+    monkeypatch.setattr(nf4, "gpu", lambda device: launch.gpu(device)._replace(capability=capability))
+    x, packed, absmax, bias, exact = problem((rows, 9, inputs), dtype)
     y = nf4.nf4_linear(x, packed, absmax, (9, inputs), bias=bias)
-    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        y.double(), exact, **({"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-3, "atol": 3e-3})
+    )
     assert nf4.nf4_linear(x[:0], packed, absmax, (9, inputs), bias=bias).shape == (0, 9)
 
 
+@not_interpreted
+@pytest.mark.parametrize(("steps", "most", "parts"), [(32, 13, 11), (40, 8, 8), (5, 9, 5), (7, 0, 1), (152, 16, 16)])
+def test_no_part_of_a_sum_is_empty(steps, most, parts):
+    assert split_k.even_parts(steps, most) == parts and (parts - 1) * -(-steps // parts) < steps
+
+
 def compiled_product(capability, tiles, element, **changes):
-    pointers = dict.fromkeys(("x_ptr", "bias_ptr", "y_ptr"), element)
-    pointers |= {"w_ptr": "u8", "absmax_ptr": "fp32", "code_ptr": "fp32", "sums_ptr": "fp32", "locks_ptr": "i32"}
-    constants = {"HAS_BIAS": False, "SHUFFLE": True, "EVEN_K": True, "CUT_K": True, "BLOCK_SIZE": 64, "stride_xk": 1}
-    constants |= {f"BLOCK_{side.upper()}": getattr(tiles, f"block_{side}") for side in "mnk"}
+    pointers = dict.fromkeys(("x_ptr", "bias_ptr", "y_ptr", "code_ptr"), element)
+    pointers |= {"w_ptr": "u8", "absmax_ptr": "fp32", "sums_ptr": "fp32", "locks_ptr": "i32"}
+    constants = {"HAS_BIAS": False, "PERMUTE": True, "CUT_K": True, "BLOCK_SIZE": 64, "BLOCK_K": 64, "stride_xk": 1}
+    constants |= {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "AT_ONCE": tiles.blocks}
     return compiled(
         nf4._nf4_linear_kernel,
         capability,
         pointers,
         constants | changes,
-        aligned=("N", "K", "stride_xm"),
+        aligned=("N", "stride_xm", "stride_w"),
         warps=tiles.warps,
         stages=tiles.stages,
     )
 
 
 @not_interpreted
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", [each for each in CAPABILITIES if each >= 80])
 @pytest.mark.parametrize("tiles", nf4.TILES, ids=lambda tiles: str(tiles.rows))
 def test_the_product_compiles_and_unpacks_into_the_tensor_cores_operand(capability, tiles):
-    found = compiled_product(capability, tiles, "fp16" if capability < 80 else "bf16")
-    held, first_use = (found.asm["ptx"].index(text) for text in (".reg .b32 nf4_code", "shfl.sync.idx.b32"))
-    assert held < first_use
-    unpacked = rf"tensor<{tiles.block_n}x{tiles.block_k}x[bf]+16, #(?!linear|ttg)"
+    found = compiled_product(capability, tiles, "bf16")
+    held, first_use = (found.asm["ptx"].index(text) for text in (".reg .b32 nf4_<8>", "prmt.b32 below, nf4_0"))
+    assert held < first_use and re.search(r"wgmma|mma\.sync", found.asm["ptx"])
+    unpacked = rf"tensor<{tiles.block_n}x64x[bf]+16, #(?!linear|ttg)"
     assert not re.search(rf"local_alloc .*{unpacked}", found.asm["ttgir"]), "weights pass through shared memory"
+    times = found.asm["ptx"].count("prmt.b32 below, nf4_0,")  # for eight weights, twice
+    each_once = tiles.block_n * 64 * tiles.blocks // (tiles.warps * 32) // 8 * 2
+    if capability == 90 or tiles.rows <= 64:  # 128 rows are many for the tensor cores before Hopper's
+        assert times == each_once, "weights are unpacked twice"
 
 
 @not_interpreted
-@pytest.mark.parametrize("element", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("element", ["fp16", "bf16"])
 @pytest.mark.parametrize("block_size", [32, 256])
 def test_every_variant_of_the_product_compiles(element, block_size):
-    changes = {"BLOCK_K": 64} if element == "fp32" else {}
-    compiled_product(
-        90, nf4.TILES[0], element, HAS_BIAS=True, EVEN_K=False, CUT_K=False, BLOCK_SIZE=block_size, **changes
-    )
+    changes = {"BLOCK_SIZE": block_size, "BLOCK_K": min(block_size, 64), "AT_ONCE": 2}
+    compiled_product(90, nf4.TILES[0], element, HAS_BIAS=True, CUT_K=False, **changes)
 
 
 @not_interpreted
