@@ -145,16 +145,16 @@ def final_answer(text: str) -> str | None:
     _, mark, after = text.rpartition("####")
     if mark and after.strip():
         return after.strip().splitlines()[0].strip()
-    cues = _CUE.findall(text)
-    if cues and (stated := _sentence(cues[-1][:_TAIL])):
+    cue = _last(_CUE, text)
+    if cue is not None and (stated := _sentence(cue[1][:_TAIL])):
         return stated
     tail = text[-_TAIL:]
     formulas = list(_MATH.finditer(tail))
     if formulas and not re.search(r"\d", tail[formulas[-1].end() :]):
         formula = next(group for group in formulas[-1].groups() if group is not None)
         return formula.rpartition("=")[2].strip().rstrip(".") or None
-    numbers = _NUMBER.findall(text.translate(_SYMBOLS))
-    return numbers[-1] if numbers else None
+    plain = _last(_NUMBER, text.translate(_SYMBOLS))
+    return plain[0] if plain else None
 
 
 def simplified(text: str) -> str:
@@ -241,6 +241,17 @@ def _last_boxed(text: str) -> str | None:
         elif found[0].endswith("{") and found[0] != "\\{":
             open_braces.append(found)
     return text[slice(*last)].strip() if last else None
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    """The last match, which is usually near the end: long texts are read whole only where it is not."""
+    for begin in (max(0, len(text) - _TAIL), 0):
+        found = None
+        for found in pattern.finditer(text, begin):  # noqa: B007
+            continue
+        if found is not None and found.start() > begin:
+            return found
+    return found
 
 
 def _sentence(text: str) -> str:

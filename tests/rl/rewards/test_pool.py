@@ -244,9 +244,9 @@ class NotLoadable:
 def test_functions_of_a_file_that_no_path_leads_to(pool: Pool, tmp_path: Path) -> None:
     from posttrain.rl.rewards.references import import_function
 
-    (tmp_path / "neighbour.py").write_text("BONUS = 40\n")
+    (tmp_path / "neighbour_of_the_pool.py").write_text("BONUS = 40\n")
     file = tmp_path / "my_rewards.py"
-    file.write_text("from neighbour import BONUS\n\ndef bonus(a):\n    return a + BONUS\n")
+    file.write_text("from neighbour_of_the_pool import BONUS\n\ndef bonus(a):\n    return a + BONUS\n")
     assert pool.ask(import_function(f"{file}:bonus"), {"a": 2}, timeout_s=30) == 42
 
 
