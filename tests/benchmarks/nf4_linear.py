@@ -1,7 +1,8 @@
 """Microseconds of one nf4 linear layer in the shapes of Qwen3-4B: our kernel against bitsandbytes, cuBLAS over a
 bfloat16 weight, and dequantizing first; then the dequantization alone. Nothing is timed before its result is compared.
 
-``--sweep ROWS`` looks for tiles instead; ``--sweep-dequantize`` for the size of that kernel's programs.
+``--quick``: four layers at 1, 16 and 64 rows. ``--sweep ROWS ...`` looks for tiles instead and prints lines for
+``nf4.TILES``; ``--sweep-dequantize`` for the size of that kernel's programs.
 """
 
 from __future__ import annotations
@@ -24,6 +25,15 @@ ROWS = (1, 4, 8, 16, 32, 64, 128, 256)
 PARTS = {"qkv": (4096, 1024, 1024), "gate_up": (9728, 9728)}
 """Rows of the parts that vLLM multiplies one by one with bitsandbytes."""
 BFLOAT16 = torch.bfloat16
+LAYERS = ("qkv", "o", "gate_up", "down")
+CHOICES = {
+    8: ([(64, 1, 2, 5), (64, 2, 2, 4), (128, 1, 4, 5), (64, 1, 4, 5), (32, 2, 1, 5)], (4, 8, 12)),
+    16: ([(64, 1, 2, 5), (64, 2, 2, 4), (32, 1, 2, 5), (32, 2, 1, 5), (128, 1, 4, 4)], (4, 8, 12)),
+    32: ([(64, 1, 2, 4), (32, 2, 1, 4), (64, 1, 4, 4), (128, 1, 4, 4), (128, 1, 8, 4)], (2, 4, 8)),
+    64: ([(128, 1, 4, 4), (128, 1, 8, 4), (128, 2, 8, 3), (64, 1, 4, 4), (64, 2, 4, 3)], (2, 3, 5)),
+    128: ([(128, 1, 8, 3), (128, 2, 8, 3), (64, 1, 4, 3)], (1, 2, 3)),
+}
+"""For each ``block_m``: outputs, blocks, warps and stages; and how many programs."""
 
 
 def main() -> None:
@@ -31,14 +41,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--sweep", type=int, metavar="ROWS")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--sweep", type=int, nargs="+", metavar="ROWS")
     parser.add_argument("--sweep-dequantize", action="store_true")
     chosen = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("needs an NVIDIA GPU")
     with torch.inference_mode():
         if chosen.sweep:
-            sweep_tiles(chosen.sweep)
+            layers = [Layer(name) for name in LAYERS]
+            for rows in chosen.sweep:
+                sweep_tiles(rows, layers)
+        elif chosen.quick:
+            quick()
         elif chosen.sweep_dequantize:
             sweep_dequantization()
         else:
@@ -60,6 +75,21 @@ def tables(names: list[str], numbers: list[int]) -> None:
     print("\n| dequantize | ours µs | of copy bandwidth | ÷ bitsandbytes |\n|---|---|---|---|")
     for name in names:
         Layer(name).dequantization(peak)
+
+
+def quick() -> None:
+    """The layers of a decoder, against the two products that they replace."""
+    print("| layer | rows | ours µs | bf16 µs | bitsandbytes µs | bf16 ÷ ours | bitsandbytes ÷ ours |\n|" + "---|" * 7)
+    for name in LAYERS:
+        layer = Layer(name)
+        for rows in (1, 16, 64):
+            x = torch.randn(rows, layer.shape[1], device="cuda").to(BFLOAT16)
+            layer.check(x)
+            ours = time_of(lambda held, layer=layer, x=x: layer.ours(x, held), layer.copies)
+            wide = time_of(lambda held, x=x: F.linear(x, held), layer.wide)
+            theirs = time_of(lambda held, layer=layer, x=x: layer.theirs(x, held), layer.copies)
+            ratios = f"{wide / ours:.2f} | {theirs / ours:.2f}"
+            print(f"| {name} | {rows} | {ours:.1f} | {wide:.1f} | {theirs:.1f} | {ratios} |", flush=True)
 
 
 class Layer:
@@ -115,16 +145,21 @@ class Layer:
         ratios = " | ".join(f"{ours / other:.2f}" for other in others)
         print(f"| {self.name} | {rows} | {ours:.1f} | {self.bytes / ours / peak:.0%} | {ratios} |", flush=True)
 
-    def check(self, x: Tensor) -> None:
+    def check(self, x: Tensor, bound: tuple[Tensor, float] | None = None) -> None:
         """At most twice torch's own error; the same bits every time; the locks as they were."""
-        packed, absmax = self.copies[0]
-        exact = x.double() @ reference.dequantize_nf4(packed, absmax, self.shape, torch.float64).T
-        wide = nf4.dequantize_nf4(packed, absmax, self.shape, BFLOAT16)
+        exact, allowed = self.bound(x) if bound is None else bound
         first = self.ours(x, self.copies[0])
-        wrong, allowed = ((y.double() - exact).abs().max().item() for y in (first, F.linear(x, wide)))
+        wrong = (first.double() - exact).abs().max().item()
         assert wrong <= 2 * allowed, f"wrong by {wrong:.3g}, torch by {allowed:.3g}"
         assert all(torch.equal(self.ours(x, self.copies[0]), first) for _ in range(20)), "not the same every time"
         assert not self.locks.any(), "a lock was left"
+
+    def bound(self, x: Tensor) -> tuple[Tensor, float]:
+        """The product in float64, and how far from it torch is."""
+        packed, absmax = self.copies[0]
+        exact = x.double() @ reference.dequantize_nf4(packed, absmax, self.shape, torch.float64).T
+        wide = nf4.dequantize_nf4(packed, absmax, self.shape, BFLOAT16)
+        return exact, (F.linear(x, wide).double() - exact).abs().max().item()
 
     def dequantization(self, peak: float) -> None:
         """One line of the second table."""
@@ -144,27 +179,29 @@ class Layer:
         return time_of(lambda held: call(*held[:2], self.shape, BFLOAT16, out=held[2]), held), self.bytes + found.nbytes
 
 
-def sweep_tiles(rows: int) -> None:
+def sweep_tiles(rows: int, layers: list[Layer]) -> None:
     """The best tiles for that many rows: microseconds of every layer, and of a decoder layer."""
-    layers = [Layer(name) for name in ("qkv", "o", "gate_up", "down")]
-    inputs = {layer.name: torch.randn(rows, layer.shape[1], device="cuda").to(BFLOAT16) for layer in layers}
+    inputs = [torch.randn(rows, layer.shape[1], device="cuda").to(BFLOAT16) for layer in layers]
+    bounds = [layer.bound(x) for layer, x in zip(layers, inputs, strict=True)]
     block_m = max(8, 1 << (rows - 1).bit_length())
-    shapes = [(32, 2), (64, 2), (64, 4)] if block_m <= 16 else [(64, 2), (64, 4), (128, 8)]
+    kernels, numbers = CHOICES[block_m]
     found = []
-    for (block_n, warps), block_k, stages, programs in itertools.product(shapes, (64, 128, 256), (3, 5), (2, 4, 8)):
-        nf4.TILES = (nf4._Tiles(rows, block_m, block_n, block_k, warps, stages, programs),)
+    for kernel, programs in itertools.product(kernels, numbers):
+        nf4.TILES = (nf4._Tiles(rows, block_m, *kernel, programs),)
         nf4.KERNEL_ROWS = rows
+        times = []
         try:
-            times = [
-                time_of(lambda held, layer=layer: layer.ours(inputs[layer.name], held), layer.copies, 3)
-                for layer in layers
-            ]
-        except triton.runtime.errors.OutOfResources:
+            for layer, x, bound in zip(layers, inputs, bounds, strict=True):
+                layer.check(x, bound)
+                times.append(time_of(lambda held, layer=layer, x=x: layer.ours(x, held), layer.copies, 5))
+        except (triton.runtime.errors.OutOfResources, AssertionError) as error:
+            print(f"{nf4.TILES[0]}: {error}")
             continue
-        found.append((sum(times), times, nf4.TILES[0]))
-    print(f"| {rows} rows | together µs | " + " | ".join(layer.name for layer in layers) + " |\n|" + "---|" * 6)
+        found.append((sum(times), times, nf4.TILES[0]._replace(rows=block_m)))
+    print(f"\n{rows} rows: together µs, " + ", ".join(layer.name for layer in layers))
     for total, times, tiles in sorted(found)[:8]:
-        print(f"| {tuple(tiles)[1:]} | {total:.1f} | " + " | ".join(f"{time:.1f}" for time in times) + " |")
+        line = f"_Tiles({', '.join(map(str, tiles))}),"
+        print(f"    {line:<40}# {total:.1f}: " + ", ".join(f"{time:.1f}" for time in times), flush=True)
 
 
 def sweep_dequantization() -> None:
