@@ -20,6 +20,7 @@ from posttrain.rl.data import PromptSource
 from posttrain.rl.fingerprint import fingerprint
 from posttrain.rl.metrics import Max, Mean, Metric, Sum
 from posttrain.rl.rewards import Rubric
+from posttrain.rl.rewards.alerts import Alerts
 from posttrain.rl.run_dir import RunDir
 from posttrain.rl.service import state
 from posttrain.rl.service.controller import Controller, Parts
@@ -243,6 +244,7 @@ class Loop:
             producer=Producer(config, self.sampler, self.rubric, source, (STOP_ID,)),
             learning=LearningStep(config, self.learner, lambda step: 0.1 * step, self.sinks.message),
             sinks=self.sinks,
+            alerts=Alerts(self.rubric.combining.weights(0), config.rollout.group_size, self.run_dir.metrics()),
             evaluator=evaluator,
             warm_start=(lambda: warm_start(self.learner)) if warm_start else None,
         )

@@ -23,6 +23,7 @@ from posttrain.rl.timeline import Span, Timeline
 
 if TYPE_CHECKING:
     from posttrain.rl.config import Config
+    from posttrain.rl.rewards.alerts import Alerts
     from posttrain.rl.run_dir import RunDir
     from posttrain.rl.service.evaluation import Evaluator
     from posttrain.rl.service.learning import LearningStep
@@ -43,6 +44,7 @@ class Parts:
     producer: Producer
     learning: LearningStep
     sinks: Sinks
+    alerts: Alerts
     evaluator: Evaluator | None = None
     warm_start: Callable[[], Awaitable[dict[str, float]]] | None = None
     """Supervised steps before step 1; returns figures for the line of step 0."""
@@ -163,6 +165,10 @@ class Controller:
             )
         values = metrics.values(metrics.merge([batch.metrics, learned]))
         self._checks.step(values, rescored=rescore)
+        raised, lines = self._parts.alerts.step(values)
+        values |= raised
+        for line in lines:
+            self._parts.sinks.message(f"alert at step {batch.step}: {line}")
         await self._publish(values)
         self._step = batch.step
         due = self._is_due(self._config.evaluation.every)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -53,6 +55,14 @@ def tied(group: RolloutGroup) -> bool:
     return len({rollout.reward for rollout in group.rollouts}) < 2
 
 
+def length_correlation(group: RolloutGroup) -> float | None:
+    """Pearson's correlation of length and reward; ``None`` where either is the same for all."""
+    lengths = [float(len(rollout.completion.completion_ids)) for rollout in group.rollouts]
+    if tied(group) or len(set(lengths)) < 2:
+        return None
+    return statistics.correlation(lengths, [rollout.reward for rollout in group.rollouts])
+
+
 class Producer:
     """Produces one batch a step. Not reentrant: the caller serialises ``produce``."""
 
@@ -96,17 +106,21 @@ class Producer:
 
 
 def rollout_metrics(groups: list[RolloutGroup]) -> dict[str, Metric]:
-    """Lengths, truncation and ties of what was sampled."""
+    """Lengths, truncation and ties of what was sampled, and the mean over groups of the correlation (Pearson's) of
+    length and reward among a group's completions: across prompts, hard ones are both long and badly rewarded.
+    """
     completions = [rollout.completion for group in groups for rollout in group.rollouts]
     lengths = [float(len(completion.completion_ids)) for completion in completions]
     truncated = sum(completion.finish_reason == "length" for completion in completions)
     prompt_tokens = [len(group.prompt.prompt_ids) for group in groups]
+    correlations = [r for group in groups if (r := length_correlation(group)) is not None]
     return {
         "rollout/completion_tokens": Mean(sum(lengths), float(len(lengths))),
         "rollout/completion_tokens_std": Std.of(lengths),
         "rollout/completion_tokens_max": Max(max(lengths, default=0.0)),
         "rollout/prompt_tokens": Mean(float(sum(prompt_tokens)), float(len(prompt_tokens))),
         "rollout/truncated": Mean(float(truncated), float(len(completions))),
+        "rollout/length_correlation": Mean(math.fsum(correlations), float(len(correlations))),
         "rollout/tied_groups": Mean(float(sum(map(tied, groups))), float(len(groups))),
         "rollout/groups": Sum(float(len(groups))),
     }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from posttrain.rl.data import PromptSource, make_prompts
 from posttrain.rl.errors import ActorDied, ConfigError
+from posttrain.rl.rewards.alerts import Alerts
 from posttrain.rl.service import state
 from posttrain.rl.service.controller import Controller, Parts
 from posttrain.rl.service.evaluation import Evaluator
@@ -121,6 +122,7 @@ class Training:
                 self._sinks.message,
             ),
             sinks=self._sinks,
+            alerts=Alerts(rubric.combining.weights(0), config.rollout.group_size, self._run.metrics()),
             evaluator=make_evaluator(config, self._gathered, self._encoder, sampler) if evaluated else None,
             warm_start=self._warm_start(learner),
         )

@@ -310,6 +310,28 @@ def test_gdpo_leaves_out_a_reward_that_does_not_apply() -> None:
     assert [r.advantage for r in batch[0].rollouts] == pytest.approx([v / (std + 1e-6) for v in raw], rel=1e-12)
 
 
+def test_gdpo_sees_what_counts_with_the_weights_of_the_step() -> None:
+    """Right answers (1 1 0 0) count in the right form (1 0 1 0) alone: 1 0 0 0, mean 1/4, std 1/2. The form: std √⅓."""
+    rollouts = []
+    for right, form in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0)):
+        one = rollout(2, 0.0, rewards={"right": right, "form": form, "metric": 100 * right})
+        one.counted, one.weights = {"right": right * form, "form": form}, {"right": 2.0, "form": 0.5}
+        rollouts.append(one)
+    assign_advantages([group(*rollouts)], parse("gdpo"), 10)
+    right, form = 0.75 / (0.5 + 1e-6), 0.5 / (math.sqrt(1 / 3) + 1e-6)
+    raw = [2 * right + form / 2, -2 * right / 3 - form / 2, -2 * right / 3 + form / 2, -2 * right / 3 - form / 2]
+    std = math.sqrt(sum(value**2 for value in raw) / 3)
+    assert [r.advantage for r in rollouts] == pytest.approx([value / (std + 1e-6) for value in raw], rel=1e-12)
+
+
+def test_a_completion_that_only_a_metric_scores_has_no_reward() -> None:
+    scored = rollout(2, 0.0, rewards={"metric": 3.0, "r": None})
+    scored.counted, scored.weights = {"r": None}, {"r": 1.0}
+    batch = [group(rollout(2, 1.0), scored, rollout(2, 0.0))]
+    assign_advantages(batch, parse("dr_grpo"), 10)
+    assert [r.advantage for r in batch[0].rollouts] == [0.5, 0.0, -0.5]
+
+
 def test_a_completion_no_reward_applies_to_stays_out_of_its_group() -> None:
     batch = [group(rollout(2, 1.0), rollout(2, 0.0, rewards={"r": None}), rollout(2, 0.0))]
     assign_advantages(batch, parse("dr_grpo"), 10)

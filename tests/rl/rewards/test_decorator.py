@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from posttrain.rl.errors import RewardError
-from posttrain.rl.rewards import reward
+from posttrain.rl.rewards import metric, reward
+from posttrain.rl.rewards.combining import Terms
 from posttrain.rl.rewards.decorator import RewardTag, tag_of
 
 
@@ -57,3 +58,21 @@ def test_bound_method_is_refused_with_a_remedy_and_works_when_tagged_in_its_clas
     with pytest.raises(RewardError, match="in its class"):
         reward(weight=2)(Grader().plain)
     assert tag_of(Grader().tagged).weight == 0.5
+
+
+def test_terms_of_the_reward() -> None:
+    @reward(weight=[(0, 1.0), (50, 0.0)], requires=["form"], clip=(0, 1))
+    def own(completion: str) -> float:
+        return 1.0
+
+    terms = tag_of(own).terms
+    assert terms.weight_at(25) == 0.5 and terms.requires == ["form"] and terms.clip == (0, 1) and not terms.metric
+    assert tag_of(metric(length)).terms == Terms(0.0, metric=True)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"weight": [(1, 1.0), (0, 2.0)]}, {"weight": [1, 2]}, {"clip": (1, 0)}, {"requires": "form"}]
+)
+def test_terms_that_are_none_are_refused(setting: dict[str, Any]) -> None:
+    with pytest.raises(RewardError, match=f"^@reward: {next(iter(setting))}="):
+        reward(**setting)

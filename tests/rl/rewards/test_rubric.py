@@ -15,7 +15,7 @@ import torch
 
 from posttrain.rl.errors import RewardError
 from posttrain.rl.metrics import merge, values
-from posttrain.rl.rewards import Rubric, reward
+from posttrain.rl.rewards import Rubric, metric, reward
 from posttrain.rl.types import Completion, Message, Prompt, RolloutGroup
 
 Groups = list[tuple[Prompt, list[Completion]]]
@@ -444,3 +444,80 @@ async def test_synchronous_functions_run_one_at_a_time_outside_the_loops_thread(
 
     await Rubric([first, second]).score(text_groups())
     assert len(threads) == 1 and threading.get_ident() not in threads
+
+
+@reward(weight=[(0, 0.0), (10, 2.0)], requires=["short"])
+def long_enough(completion: str) -> float:
+    return float(len(completion))
+
+
+@reward(clip=(-1.0, 1.0))
+def short(completion: str) -> float:
+    return 4.0 - len(completion)
+
+
+@metric
+def letters(completion: str) -> float:
+    return float(completion.count("a"))
+
+
+def test_clipping_gating_and_the_steps_weight_make_the_reward() -> None:
+    """Lengths 2, 3, 4, 6: short scores 2, 1, 0, -2, counts 1, 1, 0, -1; the length counts where that is above 0."""
+    group = [(Prompt("0-0", "x"), [sample(text) for text in ("aa", "aaa", "aaaa", "aaaaaa")])]
+    rubric = Rubric([long_enough, short, letters])
+    [scored] = run(rubric, group, step=5)
+    assert [r.rewards for r in scored.rollouts][::3] == [
+        {"long_enough": 2.0, "short": 2.0, "letters": 2.0},
+        {"long_enough": 6.0, "short": -2.0, "letters": 6.0},
+    ]
+    assert [dict(r.counted) for r in scored.rollouts] == [
+        {"long_enough": 2.0, "short": 1.0},
+        {"long_enough": 3.0, "short": 1.0},
+        {"long_enough": 0.0, "short": 0.0},
+        {"long_enough": 0.0, "short": -1.0},
+    ]
+    assert {tuple(r.weights.items()) for r in scored.rollouts} == {(("long_enough", 1.0), ("short", 1.0))}
+    assert [r.reward for r in scored.rollouts] == [3.0, 4.0, 0.0, -1.0]
+    [last] = run(rubric, group, step=99)
+    assert [r.reward for r in last.rollouts] == [5.0, 7.0, 0.0, -1.0]
+
+    figures = values(rubric.metrics([scored]))
+    assert figures["reward/mean"] == 1.5
+    assert (figures["reward/long_enough/mean"], figures["reward/long_enough/counted"]) == (3.75, 1.25)
+    assert (figures["reward/short/mean"], figures["reward/short/counted"]) == (0.25, 0.25)
+    assert (figures["reward/short/max"], figures["reward/long_enough/weight"]) == (2.0, 1.0)
+    assert figures["reward/letters/mean"] == 3.75
+    absent = {"reward/short/weight", "reward/letters/weight", "reward/letters/counted"}
+    assert not absent & figures.keys()
+
+
+def test_a_completion_that_only_a_metric_scores_is_unscored() -> None:
+    def never(completion: str) -> None:
+        return None
+
+    rubric = Rubric([never, letters])
+    groups = run(rubric, text_groups())
+    assert {r.reward for group in groups for r in group.rollouts} == {0.0}
+    assert values(rubric.metrics(groups))["reward/unscored"] == 1.0
+
+
+def test_a_required_reward_that_failed_does_not_pass() -> None:
+    @reward(on_error="skip")
+    def gate(completion: str) -> float:
+        return {"4": 1.0}[completion]
+
+    @reward(requires=["gate"])
+    def gated(completion: str) -> float:
+        return 1.0
+
+    rollouts = [r for group in run(Rubric([gated, gate]), text_groups()) for r in group.rollouts]
+    assert [(r.reward, r.counted["gated"], dict(r.failures)) for r in rollouts] == [
+        (2.0, 1.0, {}),
+        (0.0, 0.0, {"gate": "error"}),
+        (0.0, 0.0, {"gate": "error"}),
+    ]
+
+
+def test_a_gate_that_is_no_reward_is_refused_before_anything_runs() -> None:
+    with pytest.raises(RewardError, match="reward long_enough requires short, but the rewards are long_enough"):
+        Rubric([long_enough])

@@ -431,6 +431,22 @@ async def test_checkpoint_schedule(tmp_path, every, keep, kept) -> None:
     assert len(saves) == len(set(saves)), "no step is saved twice"
 
 
+# -- alerts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [None, 3, 6])
+async def test_an_alert_is_logged_and_said_once_and_a_resumed_run_remembers(tmp_path, stop) -> None:
+    """Everyone earns the same: five steps later it is said, whether the run was resumed before or after."""
+    for steps in (stop, 8):
+        if steps:
+            loop = Loop(tmp_path, config(steps=steps), reward=lambda completion: 1.0)
+            await loop.run()
+    assert [row["alert/tied_groups"] for row in loop.rows()] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert {row["alert/failures"] for row in loop.rows()} == {0}
+    said = [line for line in loop.run_dir.messages_file.read_text().splitlines() if "alert" in line]
+    assert len(said) == 1 and " alert at step 5: 90% or more of the groups earned equal rewards" in said[0]
+
+
 # -- warm start --------------------------------------------------------------------------------------------------------
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
 
-from posttrain.rl.rewards import Rubric
+from posttrain.rl.rewards import Rubric, reward
 from posttrain.rl.service.evaluation import Evaluator, pass_at_k
 from tests.fakes import STOP_ID, FakeSampler, config, prompt
 
@@ -59,6 +60,16 @@ async def test_success_is_a_reward_that_reaches_the_bar(success, expected) -> No
     evaluator, _ = evaluator_of(success=success)
     figures, _ = await evaluator.evaluate()
     assert figures["eval/pass@1"] == pytest.approx(expected)
+
+
+async def test_rewards_are_weighed_as_in_the_last_step() -> None:
+    reward(weight=[(1, 0.0), (4, 3.0)])(scheduled := functools.partial(scored))
+    settings = config(steps=3, evaluation={"every": 1, "samples": 4})
+    prompts = [prompt(f"eval-{index}") for index in range(3)]
+    figures, _ = await Evaluator(settings, FakeSampler(), Rubric([scheduled]), prompts, (STOP_ID,)).evaluate()
+    assert figures["eval/reward/scored/weight"] == 2.0
+    assert figures["eval/reward/mean"] == pytest.approx(2 * 3.5 / 12)
+    assert figures["eval/reward/scored/mean"] == pytest.approx(3.5 / 12)
 
 
 async def test_at_most_max_prompts_in_order() -> None:

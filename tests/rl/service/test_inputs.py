@@ -8,7 +8,7 @@ import pytest
 
 from posttrain.rl.config import build
 from posttrain.rl.errors import ConfigError, DataError, RewardError
-from posttrain.rl.rewards import reward
+from posttrain.rl.rewards import metric, reward
 from posttrain.rl.service.inputs import IN_PYTHON, Given, gather, named_rewards
 
 ROWS = [{"prompt": f"q{index}", "answer": str(index)} for index in range(6)]
@@ -64,6 +64,58 @@ def test_a_weight_in_the_configuration_replaces_the_functions_own(tmp_path) -> N
     )
     config = build(tree(rewards=[{"name": "mine.py:a", "weight": 0.25}, "mine.py:b"]))
     assert gather(config, Given(rows=ROWS), tmp_path).rubric.combining.weights(0) == {"a": 0.25, "b": 4.0}
+
+
+GATED = (
+    "from posttrain import rl\n"
+    "@rl.reward(weight=3.0, requires=['b'], clip=(0, 2))\ndef a(completion):\n    return 1.0\n"
+    "@rl.reward\ndef b(completion):\n    return 1.0\n@rl.metric\ndef m(completion):\n    return 1.0\n"
+)
+
+
+def test_gates_clips_and_schedules_of_the_configuration_survive_its_file(tmp_path) -> None:
+    (tmp_path / "mine.py").write_text(GATED)
+    b = {"name": "mine.py:b", "weight": [[0, 1], [10, 0.0]], "clip": [-1, 1], "requires": ["m"]}
+    config = build(tree(rewards=["mine.py:a", b, "mine.py:m"]))
+    for again in (config, build(config.tree())):
+        combining = gather(again, Given(rows=ROWS), tmp_path).rubric.combining
+        assert combining.weights(5) == {"a": 3.0, "b": 0.5}
+        assert combining.terms["a"].requires == ["b"] and combining.terms["a"].clip == (0, 2)
+        assert combining.counted({"a": 5.0, "b": 7.0, "m": 1.0}) == {"a": 2.0, "b": 1.0}
+        assert combining.counted({"a": 5.0, "b": 7.0, "m": 0.0}) == {"a": 0.0, "b": 0.0}
+
+
+def test_the_configuration_may_take_a_gate_away(tmp_path) -> None:
+    (tmp_path / "mine.py").write_text(GATED)
+    with pytest.raises(RewardError, match="reward a requires b, but the rewards are a"):
+        gather(build(tree(rewards=["mine.py:a"])), Given(rows=ROWS), tmp_path)
+    config = build(tree(rewards=[{"name": "mine.py:a", "requires": []}]))
+    combining = gather(config, Given(rows=ROWS), tmp_path).rubric.combining
+    assert combining.counted({"a": 5.0}) == {"a": 2.0} and combining.weights(0) == {"a": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"requires": ["form"]}, "^reward a requires form, but the rewards are a, b$"),
+        ({"clip": [1, 0]}, r"^reward a: clip=\(1.0, 0.0\): clip is the smallest and the largest score"),
+        ({"weight": [[9, 1], [3, 0]]}, "^reward a: weight=.* the steps of a weight must increase$"),
+    ],
+)
+def test_terms_that_cannot_be_are_refused_at_the_start(spec, message, tmp_path) -> None:
+    (tmp_path / "mine.py").write_text(GATED)
+    config = build(tree(rewards=[{"name": "mine.py:a", **spec}, "mine.py:b"]))
+    with pytest.raises(RewardError, match=message):
+        gather(config, Given(rows=ROWS), tmp_path)
+
+
+def test_metrics_alone_are_no_reward() -> None:
+    @metric
+    def only(completion: str) -> float:
+        return 1.0
+
+    with pytest.raises(ConfigError, match="every reward is a metric"):
+        gather(build(tree()), Given(rewards=[only], rows=ROWS), None)
 
 
 def test_no_rewards() -> None:

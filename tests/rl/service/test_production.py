@@ -138,6 +138,7 @@ def test_rollout_metrics_by_hand() -> None:
         "rollout/completion_tokens_max": 3,
         "rollout/prompt_tokens": 2,
         "rollout/truncated": pytest.approx(1 / 5),
+        "rollout/length_correlation": pytest.approx(math.sqrt(3) / 2),  # of the second group: 1 2 3 and 0 1 1
         "rollout/tied_groups": pytest.approx(1 / 2),
         "rollout/groups": 2,
     }
