@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.rl.errors import RewardError
-from posttrain.rl.rewards import sandbox, sandbox_seccomp
+from posttrain.rl.rewards import sandbox, sandbox_seccomp, sandbox_watch
 from posttrain.rl.rewards.process_tree import descendants
 from posttrain.rl.rewards.sandbox import Isolation, Limits, Program, run
 
@@ -299,9 +299,12 @@ def test_the_first_of_several_programs_ends_the_others() -> None:
 
 @pytest.mark.skipif(not LINUX, reason="a process here does not end with its parent")
 @strong
-def test_a_program_ends_with_the_process_that_ran_it(box: Isolation) -> None:
+def test_a_program_ends_with_the_process_that_ran_it(box: Isolation, tmp_path: Path) -> None:
     call = f"sandbox.run('while True: pass', limits=sandbox.Limits(timeout_s=60), isolation=sandbox.{box!r})"
-    parent = subprocess.Popen([sys.executable, "-c", f"from posttrain.rl.rewards import sandbox\n{call}"])
+    parent = subprocess.Popen(
+        [sys.executable, "-c", f"from posttrain.rl.rewards import sandbox\n{call}"],
+        env={**os.environ, "TMPDIR": str(tmp_path / "scratch")},
+    )
     deadline = time.monotonic() + 20
     while not (below := descendants(parent.pid)) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -312,8 +315,20 @@ def test_a_program_ends_with_the_process_that_ran_it(box: Isolation) -> None:
     while any(_runs(pid) for pid in below) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert below and not any(_runs(pid) for pid in below)
-    for left in Path(sandbox.tempfile.gettempdir()).iterdir():
-        shutil.rmtree(left)  # nobody was there to do it
+    [folder] = (tmp_path / "scratch").iterdir()  # nobody was there to remove it
+    shutil.rmtree(folder)
+
+
+def test_a_folder_deeper_than_recursion_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    top = tmp_path / "deep"
+    top.mkdir()
+    monkeypatch.chdir(top)
+    for _ in range(1500):
+        Path("d").mkdir()
+        os.chdir("d")
+    os.chdir(tmp_path)
+    sandbox_watch._remove(top)
+    assert not top.exists()
 
 
 def _runs(pid: int) -> bool:
