@@ -141,7 +141,7 @@ def nf4_linear(
 def _launch(
     x: Tensor, packed: Tensor, absmax: Tensor, block_size: int, bias: Tensor | None, locks: Tensor | None
 ) -> Tensor:
-    rows, inputs = x.shape
+    (rows, inputs), interpreted = x.shape, gpu(x.device).interpreted
     outputs = packed.numel() * 2 // inputs
     tiles = next(tiles for tiles in TILES if rows <= tiles.rows)
     tiles_m, tiles_n = -(-rows // tiles.block_m), -(-outputs // tiles.block_n)
@@ -150,13 +150,13 @@ def _launch(
     at_once = tiles.blocks if blocks % tiles.blocks == 0 else 1
     most = min(parts_to_fill(x.device, tiles_m * tiles_n, tiles.programs), blocks // _LEAST_BLOCKS, _MOST_PARTS)
     y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    most = even_parts(blocks // at_once, most)
-    parts, sums, locks = cut(y, tiles_m * tiles_n, tiles.block_m * tiles.block_n, most, locks)
+    parts = even_parts(blocks // at_once, most)
+    parts, sums, locks = cut(y, tiles_m * tiles_n, tiles.block_m * tiles.block_n, parts, locks)
     _nf4_linear_kernel[(tiles_m * tiles_n, parts)](
         x,
         packed,
         absmax,
-        scaled_codes(x.device, x.dtype),
+        scaled_codes(x.device, x.dtype) if interpreted else x,
         x if bias is None else bias,
         y,
         sums,
@@ -170,7 +170,7 @@ def _launch(
         inputs // block_size,
         0 if bias is None else bias.stride(0),
         HAS_BIAS=bias is not None,
-        PERMUTE=not gpu(x.device).interpreted,
+        PERMUTE=not interpreted,
         CUT_K=parts > 1,
         BLOCK_SIZE=block_size,
         BLOCK_M=tiles.block_m,
