@@ -116,6 +116,7 @@ class Judge:
     async def __call__(self, **fields: Any) -> float:
         """Ask about one completion."""
         asked = _filled(self._template, {name: _text(value) for name, value in fields.items()})
+        asked = asked.encode("utf-8", "replace").decode()  # a lone surrogate cannot be sent
         return await self._endpoint.ask(asked, self.read)
 
     def explain(self) -> str:

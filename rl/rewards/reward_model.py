@@ -138,6 +138,7 @@ class _Classifier:
 
     def _encoded(self, prompt: list[dict[str, Any]], completion: str) -> dict[str, list[int]]:
         limit: dict[str, Any] = {"truncation": True, "max_length": self._max_length}
+        completion = completion.encode("utf-8", "replace").decode()  # tokenizers refuse lone surrogates
         if self._kind == "chat":
             turns = [*prompt, {"role": "assistant", "content": completion}]
             text = self._tokenizer.apply_chat_template(turns, tokenize=False)
