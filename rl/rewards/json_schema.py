@@ -32,12 +32,12 @@ def json_schema(
     whole: bool = False,
     name: str = "json_schema",
 ) -> Callable[..., float]:
-    """A reward that is 1 for JSON that fits ``schema``: the schema itself, the path of a JSON file (relative to the
-    working directory), or, left out, the row's column ``schema`` (a dict, or JSON text).
+    """1 for a reply of JSON that fits a schema.
 
-    The JSON is the whole reply, else, unless ``whole``, its last fenced block. ``partial``, from 0 to 1: what JSON that
-    does not fit earns, times the share of the top level's properties that do, of those required or given. Raises
-    ``ConfigError`` for a schema that is none or that refers to what is not there.
+    ``schema``: itself, the path of a JSON file (relative to the working directory), or, left out, the row's column
+    ``schema`` (a dict, or JSON text). The JSON is the whole reply, else, unless ``whole``, its last fenced block.
+    ``partial``, from 0 to 1: what JSON that does not fit earns, times the share of the top level's properties that do,
+    of those required or given. Raises ``ConfigError`` for a schema that is none or that refers to what is not there.
     """
     if not 0 <= partial <= 1:
         raise ConfigError(f"partial = {partial}: a number from 0 to 1")

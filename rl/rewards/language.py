@@ -55,12 +55,12 @@ _NO_PROSE = regex.compile(
 
 @factory
 def language(wanted: str, *, among: Sequence[str] = (), name: str = "language") -> Callable[[str], float | None]:
-    """A reward that is the share of a reply's letters in the ``wanted`` language, an ISO 639 code (``de``, ``zh``), or
-    Unicode script (``Cyrillic``). It does not apply to a reply without letters.
+    """Share of a reply's letters that are in the ``wanted`` language or script.
 
-    Code, formulas, tags and addresses are left out. ``among``: the languages a reply can be in, where that is known;
-    short replies are told apart better then. Raises ``ConfigError`` for an unknown language or script, and where one
-    has to be identified and py3langid is not installed.
+    ``wanted``: an ISO 639 code (``de``, ``zh``) or a Unicode script (``Cyrillic``). Code, formulas, tags and addresses
+    are left out, and a reply without letters has no score. ``among``: the languages a reply can be in, where that is
+    known; short replies are told apart better then. Raises ``ConfigError`` for an unknown language or script, and where
+    one has to be identified and py3langid is not installed.
     """
     languages = frozenset(among)
     if languages and wanted not in languages:

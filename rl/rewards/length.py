@@ -18,9 +18,10 @@ Unit = Literal["tokens", "words"]
 def length_penalty(
     target: int, budget: int, *, shape: Shape = "linear", unit: Unit = "tokens", name: str = "length_penalty"
 ) -> Callable[..., float]:
-    """A reward that is 0 up to ``target`` tokens (or words: what blanks separate), and falls to −1 at ``budget``.
+    """A penalty: 0 up to ``target`` tokens, falling to −1 at ``budget``.
 
-    ``shape``: along a straight line, or half a cosine, which is flat at both ends. Raises ``ConfigError`` unless
+    ``unit``: tokens, or words, which is what blanks separate. ``shape``: along a straight line, or half a cosine, which
+    is flat at both ends. Raises ``ConfigError`` unless
     0 ≤ target < budget.
     """
     if not 0 <= target < budget < math.inf:
@@ -31,22 +32,21 @@ def length_penalty(
 
     def penalty(length: int) -> float:
         share = ramp(length, target, budget)
-        return -share if shape == "linear" else -(1 - math.cos(math.pi * share)) / 2
+        return 0.0 - (share if shape == "linear" else (1 - math.cos(math.pi * share)) / 2)  # 0.0: never −0
 
     return _of_tokens(penalty, name) if unit == "tokens" else _of_words(penalty, name)
 
 
 @factory
 def soft_overlong(max_tokens: int, buffer: int, *, name: str = "soft_overlong") -> Callable[..., float]:
-    """DAPO's soft overlong punishment (2503.14476, eq. 13) for any algorithm: 0 up to ``max_tokens`` − ``buffer``
-    tokens, a straight line to −1 at ``max_tokens``, and −1 beyond.
+    """DAPO's soft overlong punishment (2503.14476, eq. 13), for any algorithm.
 
-    The algorithm ``dapo`` has it already, as ``overlong_buffer``: twice would count twice. Raises ``ConfigError``
+    0 up to ``max_tokens`` − ``buffer`` tokens, a straight line to −1 at ``max_tokens``, and −1 beyond. The algorithm ``dapo`` has it already, as ``overlong_buffer``: twice would count twice. Raises ``ConfigError``
     unless 0 ≤ buffer ≤ max_tokens.
     """
     if not 0 <= buffer <= max_tokens or max_tokens < 1:
         raise ConfigError(f"max_tokens = {max_tokens}, buffer = {buffer}: 0 ≤ buffer ≤ max_tokens, counted in tokens")
-    return _of_tokens(lambda length: -ramp(length, max_tokens - buffer, max_tokens), name)
+    return _of_tokens(lambda length: 0.0 - ramp(length, max_tokens - buffer, max_tokens), name)
 
 
 def _of_tokens(penalty: Callable[[int], float], name: str) -> Callable[..., float]:

@@ -67,12 +67,11 @@ _NODES = (
 def reasoning_gym(
     *, answer_in: Where = "tag", partial: bool = True, name: str = "reasoning_gym"
 ) -> Callable[..., float]:
-    """A reward that is the task's own score of the answer, for rows as ``rows`` makes them (columns ``answer`` and
-    ``metadata``, which names the task).
+    """The task's own score of the answer.
 
-    The answer is what stands in the last ``<answer>…</answer>``, or the last number, the last line, or the whole reply;
-    a reply without one scores 0. ``partial = false``: only the full score of 1 counts. An answer on which the scorer
-    fails scores 0.
+    For rows as ``rows`` makes them: columns ``answer`` and ``metadata``, which names the task. The answer is what
+    stands in the last ``<answer>…</answer>``, or the last number, the last line, or the whole reply; a reply without
+    one scores 0, and so does one on which the scorer fails. ``partial = false``: only the full score of 1 counts.
     """
     if answer_in not in get_args(Where):
         raise ConfigError(f"answer_in = {answer_in!r}: answer_in is one of {', '.join(get_args(Where))}")

@@ -25,7 +25,7 @@ def repetition(
     free: float = 0.0,
     name: str = "repetition",
 ) -> Callable[..., float]:
-    """A reward that is 0 for text that does not repeat itself and −1 for text that does nothing else.
+    """A penalty: 0 for text that does not repeat itself, −1 for text that does nothing else.
 
     The share of repetition is ``1 − different n-grams / all n-grams`` of the words (what blanks separate), characters
     (for languages without blanks) or tokens; or, with ``measure = "compression"``, ``1 − compressed / plain`` bytes of
@@ -47,7 +47,7 @@ def repetition(
 
     @reward(name=name)
     def by_text(completion: str) -> float:
-        return -ramp(share(completion), free, 1.0)
+        return 0.0 - ramp(share(completion), free, 1.0)
 
     @explains(by_text)
     def explain(completion: str) -> str:
@@ -75,7 +75,7 @@ def compressible_share(text: str) -> float:
 def _of_tokens(n: int, free: float, name: str) -> Callable[..., float]:
     @reward(name=name)
     def by_tokens(completion_ids: Sequence[int]) -> float:
-        return -ramp(repeated_share(completion_ids, n), free, 1.0)
+        return 0.0 - ramp(repeated_share(completion_ids, n), free, 1.0)
 
     @explains(by_tokens)
     def explain(completion_ids: Sequence[int] | None = None) -> str:

@@ -42,7 +42,7 @@ def ends_with_answer(completion: str, answer: object) -> float:
 
 @factory
 def regex_format(pattern: str, *, name: str = "regex_format") -> Callable[[str], float]:
-    """A reward that is 1 when the whole completion, stripped, matches ``pattern`` (dot: any character).
+    """1 when the whole completion, stripped, matches ``pattern`` (dot: any character).
 
     A match that takes more than ``MATCH_LIMIT_S`` is given up and scores 0, with a warning the first time. Raises
     ``ConfigError`` at once for a pattern that is not valid.
@@ -88,7 +88,7 @@ def regex_format(pattern: str, *, name: str = "regex_format") -> Callable[[str],
 def xml_tags(
     tags: Sequence[str] = ("think", "answer"), *, opened: bool = False, partial: bool = False, name: str = "xml_tags"
 ) -> Callable[[str], float]:
-    """A reward that is 1 when the completion is exactly one ``<tag>…</tag>`` for each of ``tags``, in their order.
+    """1 when the completion is exactly one ``<tag>…</tag>`` for each of ``tags``, in their order.
 
     Blanks may stand between them and nothing else; inside one, none of the tags. ``opened``: the prompt ends with the
     first opening tag. ``partial``: every tag that is opened once and then closed once earns as much as the rest of the

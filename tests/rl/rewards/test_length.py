@@ -54,12 +54,12 @@ def test_soft_overlong_without_a_buffer_punishes_only_what_is_beyond() -> None:
 
 
 def test_the_loop_hands_over_the_tokens() -> None:
-    rubric = Rubric([soft_overlong(8, 4, name="overlong")], {"overlong": 2.0})
+    rubric = Rubric([soft_overlong(8, 4, name="overlong")])
     rubric.check([])
     completions = [Completion((5,) * n, (-0.1,) * n, "x", "stop", 0) for n in (4, 5, 8)]
     [group] = asyncio.run(rubric.score([(Prompt("0-0", "say x", {}), completions)]))
     assert [rollout.rewards["overlong"] for rollout in group.rollouts] == [0.0, -0.25, -1.0]
-    assert [rollout.reward for rollout in group.rollouts] == [0.0, -0.5, -2.0]
+    assert [rollout.reward for rollout in group.rollouts] == [0.0, -0.25, -1.0]
 
 
 def test_they_say_how_long_it_is() -> None:
