@@ -41,8 +41,9 @@ def length_penalty(
 def soft_overlong(max_tokens: int, buffer: int, *, name: str = "soft_overlong") -> Callable[..., float]:
     """DAPO's soft overlong punishment (2503.14476, eq. 13), for any algorithm.
 
-    0 up to ``max_tokens`` − ``buffer`` tokens, a straight line to −1 at ``max_tokens``, and −1 beyond. The algorithm ``dapo`` has it already, as ``overlong_buffer``: twice would count twice. Raises ``ConfigError``
-    unless 0 ≤ buffer ≤ max_tokens.
+    0 up to ``max_tokens`` − ``buffer`` tokens, a straight line to −1 at ``max_tokens``, and −1 beyond. The algorithm
+    ``dapo`` has it already, as ``overlong_buffer``: twice would count twice. Raises ``ConfigError`` unless
+    0 ≤ buffer ≤ max_tokens.
     """
     if not 0 <= buffer <= max_tokens or max_tokens < 1:
         raise ConfigError(f"max_tokens = {max_tokens}, buffer = {buffer}: 0 ≤ buffer ≤ max_tokens, counted in tokens")
