@@ -39,7 +39,8 @@ class Terms:
 
     def __post_init__(self) -> None:
         _check_weight(self.weight)
-        if isinstance(self.requires, str) or not all(isinstance(name, str) for name in self.requires):
+        listed = isinstance(self.requires, Sequence) and not isinstance(self.requires, str)
+        if not listed or not all(isinstance(name, str) for name in self.requires):
             raise ValueError(f'requires={self.requires!r}: requires is a list of reward names, as ["format"]')
         if self.clip is not None and not (_numbers(self.clip, 2) and self.clip[0] < self.clip[1]):
             raise ValueError(f"clip={self.clip!r}: clip is the smallest and the largest score, as [0, 1]")

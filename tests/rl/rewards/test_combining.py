@@ -128,6 +128,8 @@ def test_overrides_replace_field_by_field() -> None:
         ),
         ({"c": {"weight": 1.0}}, "^weight, requires or clip for c, but the rewards are a, b, m$"),
         ({"a": {"requires": "b"}}, r"^reward a: requires='b': requires is a list of reward names"),
+        ({"a": {"requires": None}}, "requires is a list of reward names"),
+        ({"a": {"requires": [1]}}, "requires is a list of reward names"),
         ({"a": {"clip": (1, 0)}}, r"^reward a: clip=\(1, 0\): clip is the smallest and the largest score"),
         ({"a": {"clip": (0, 0)}}, "clip is the smallest"),
         ({"a": {"clip": (0, math.nan)}}, "clip is the smallest"),
