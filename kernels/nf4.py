@@ -48,10 +48,10 @@ class _Tiles(NamedTuple):
 
 
 TILES = (
-    _Tiles(8, 8, 64, 1, 2, 5, 8),
+    _Tiles(8, 8, 64, 1, 4, 5, 8),
     _Tiles(16, 16, 64, 1, 2, 5, 8),
     _Tiles(32, 32, 64, 1, 2, 4, 6),
-    _Tiles(64, 64, 128, 1, 4, 4, 2),
+    _Tiles(64, 64, 64, 1, 4, 4, 3),
     _Tiles(128, 128, 128, 1, 8, 3, 1),
 )
 KERNEL_ROWS = TILES[-1].rows

@@ -209,7 +209,7 @@ def mlp_of(case, dtype, frozen=Dense):
 @pytest.mark.parametrize("dtype", TYPES)
 def test_mlp_errs_at_most_twice_as_much_as_torch(filled_with_nan, case, dtype, frozen):
     inner, down, activation = mlp_of(case, dtype, frozen)
-    x, layers = inputs(3, 3, 41, dtype=dtype), [*inner, down]
+    x, layers = inputs(13, 9, 41, dtype=dtype), [*inner, down]  # many numbers: a few may hit the mark by luck
     exact = results(lambda x: merged_mlp(x, inner, down, activation), x, layers)
     torchs = results(lambda x: reference.lora_mlp(x, inner, down, activation), x, layers)
     found = results(lambda x: lora_mlp(x, inner, down, activation), x, layers)

@@ -261,7 +261,7 @@ def test_trainer_on_kernels_and_without_agree(tmp_path):
     batch = packed(sequences([5, 3]))
     results = {}
     for kernels in ("triton", "reference"):
-        trainer = trainer_of(folder, dtype="float32", kernels=kernels)
+        trainer = trainer_of(folder, dtype="float32", device=DEVICE, kernels=kernels)
         wake_adapter(trainer)
         trainer.forward_backward([batch], GRPO())
         base, policy = trainer.score([batch], reference=True)[0].logprobs, trainer.score([batch])[0].logprobs

@@ -142,7 +142,7 @@ def test_auto_dtype_and_device():
 def test_kernels_follow_the_device(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert resolve_kernels("auto", CPU) == resolve_kernels("reference", CPU) == "reference"
-    with pytest.raises(EngineError, match="kernels = triton, but Triton does not run on cpu.*use auto"):
+    with pytest.raises(EngineError, match=r"kernels = triton, but Triton does not run on cpu.*use auto"):
         resolve_kernels("triton", CPU)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert resolve_kernels("auto", CPU) == resolve_kernels("triton", CPU) == "triton"

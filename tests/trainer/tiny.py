@@ -57,10 +57,9 @@ def save_tiny(folder, family="qwen3", seed=0, **changes):
 
 
 def trainer_of(folder, dtype="float64", seed=0, **settings):
-    """A trainer on a CPU."""
-    return Trainer(
-        folder, ModelConfig(name=str(folder), dtype=dtype), TrainerConfig(device="cpu", **settings), seed=seed
-    )
+    """A trainer, on a CPU unless told otherwise."""
+    config = TrainerConfig(**{"device": "cpu", **settings})
+    return Trainer(folder, ModelConfig(name=str(folder), dtype=dtype), config, seed=seed)
 
 
 def wake_adapter(trainer, seed=5):

@@ -58,7 +58,7 @@ Answer = Callable[[Request], Reply]
 
 
 class FakeEndpoint:
-    """Serves ``answer`` at ``base_url`` while the context is open; ``requests`` holds what came, in order (``keep``)."""
+    """Serves ``answer`` at ``base_url`` while it is open; ``requests`` holds what came, in order (``keep``)."""
 
     def __init__(self, answer: Answer, *, keep: bool = True) -> None:
         self.requests: list[Request] = []
