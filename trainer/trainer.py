@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 
-
 class Trainer:
     """Owns the trained weights and their optimizer. One thread at a time."""
 
