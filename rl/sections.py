@@ -74,7 +74,8 @@ class DataConfig(Section):
 
     dataset: str | None = None
     """Hub name, local .jsonl/.json/.parquet/.csv file or folder, or ``module:function`` / ``file.py:function`` that
-    returns an iterable of rows. Absent when rows are handed to ``rl.train``."""
+    returns an iterable of rows, or a task of reasoning-gym such as ``reasoning_gym:chain_sum?max_terms=3&size=4000``.
+    Absent when rows are handed to ``rl.train``."""
     subset: str | None = None
     """The dataset's configuration name on the hub."""
     split: str = "train"

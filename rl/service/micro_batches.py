@@ -26,6 +26,7 @@ class MicroBatchBudget:
         self._learner = learner
         self._warn = warn
         self._share = trainer.share_prompts
+        self._remedy = _remedy(trainer)
         self.tokens = trainer.micro_batch_tokens
 
     async def run(self, batches: Sequence[TrainBatch], work: Callable[[Sequence[TrainBatch]], Awaitable[T]]) -> T:
@@ -49,20 +50,27 @@ class MicroBatchBudget:
         if not divisible:
             longest = max(map(self._cost, batches))
             raise OutOfMemory(
-                f"a single sequence does not fit into the trainer's memory (the longest has {longest} tokens): set "
-                "trainer.activation_checkpointing = true, lower rollout.max_tokens or data.max_prompt_tokens, or give "
-                f"the run more memory with gpu_memory_gib ({error})"
+                f"a single sequence does not fit into the trainer's memory (the longest has {longest} tokens): "
+                f"{''.join(f'set {setting}, ' for setting in self._remedy)}lower rollout.max_tokens or "
+                f"data.max_prompt_tokens, or give the run more memory with gpu_memory_gib ({error})"
             ) from error
         old, self.tokens = self.tokens, max(1, min(self.tokens, max(divisible)) // 2)
         self._warn(
             f"out of memory on micro-batches of up to {max(map(self._cost, batches))} tokens: the update is repeated "
             f"with {self.tokens} tokens in place of {old}, and so is the rest of the run. "
-            f"Set trainer.micro_batch_tokens = {self.tokens} to begin with that, or "
-            f"trainer.activation_checkpointing = true ({error})"
+            f"Set {' or '.join([f'trainer.micro_batch_tokens = {self.tokens} to begin with that', *self._remedy])} "
+            f"({error})"
         )
 
     def _cost(self, batch: TrainBatch) -> int:
         return tokens(batch, share=self._share)
+
+
+def _remedy(trainer: TrainerConfig) -> list[str]:
+    """The next setting that leaves less on the GPU, if there is one."""
+    if trainer.activation_checkpointing is not True:
+        return ["trainer.activation_checkpointing = true"]
+    return [] if trainer.offload_activations else ["trainer.offload_activations = true"]
 
 
 def _sequences(batch: TrainBatch) -> int:

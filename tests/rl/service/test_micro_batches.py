@@ -225,3 +225,23 @@ async def test_what_fits_is_left_as_it_is() -> None:
 
     assert await budget.run(made, work) == {"policy/ratio_max": Max(1.0), "x": Mean(2.0)}
     assert seen[0] is made and said == [] and budget.tokens == 16384
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({}, "trainer.activation_checkpointing = true"),
+        ({"activation_checkpointing": True}, "trainer.offload_activations = true"),
+        ({"activation_checkpointing": True, "offload_activations": True}, None),
+    ],
+)
+async def test_the_advice_is_the_next_setting_that_is_not_there_yet(folder, settings, advice) -> None:
+    learner, said = Crowded(folder, 20), []
+    budget = MicroBatchBudget(learner, TrainerConfig(**settings), said.append)
+    batches = plan_supervised([([1], [2] * 39), ([1], [3] * 39)], 10**6, 40)
+    with pytest.raises(OutOfMemory, match="does not fit") as caught:
+        await budget.run(batches, lambda parts: learner.forward_backward(parts, None))
+    for message in (str(caught.value), said[0]):
+        assert [name for name in ("activation_checkpointing", "offload_activations") if name in message] == (
+            [advice.split(".")[1].split(" ")[0]] if advice else []
+        )
