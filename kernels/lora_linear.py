@@ -22,7 +22,7 @@ from torch.autograd.graph import increment_version
 from posttrain.kernels.glu import glu_backward_, glu_forward
 from posttrain.kernels.launch import rows
 from posttrain.kernels.reference.glu import Activation
-from posttrain.kernels.reference.lora import Adapted, Dense, Frozen
+from posttrain.kernels.reference.lora import Adapted, Frozen
 from posttrain.kernels.reference.precision import accumulation_dtype
 
 _Held = tuple[tuple[Frozen, float], ...]
@@ -139,17 +139,17 @@ def _outputs(x: Tensor, layers: Sequence[Adapted]) -> tuple[list[Tensor], Tensor
     xa = _through_a(x, layers)
     outputs = []
     for layer, part in zip(layers, _parts(xa, layers)):
-        frozen = layer.frozen
-        if part is None:
-            y = frozen.product(x)
-        elif isinstance(frozen, Dense):
-            b = _scaled_b(layer, x.dtype)
-            y = part @ b.T if frozen.bias is None else torch.addmm(frozen.bias, part, b.T)
-            torch.addmm(y, x, frozen.weight.T, out=y)
-        else:
-            y = frozen.product(x).addmm_(part, _scaled_b(layer, x.dtype).T)
-        outputs.append(y)
+        outputs.append(layer.frozen.product(x) if part is None else _output(x, part, layer))
     return outputs, xa
+
+
+def _output(x: Tensor, part: Tensor, layer: Adapted) -> Tensor:
+    """``x Wᵀ + bias + part (s B)ᵀ`` [T, O]; the large product comes last, onto the small one, and is rounded once."""
+    b, dense = _scaled_b(layer, x.dtype), layer.frozen.dense(x.dtype)
+    if dense is None:
+        return layer.frozen.product(x).addmm_(part, b.T)
+    y = part @ b.T if dense.bias is None else torch.addmm(dense.bias, part, b.T)
+    return torch.addmm(y, x, dense.weight.T, out=y)
 
 
 def _gradients(
@@ -201,15 +201,20 @@ def _input_gradient(gradients: Sequence[Tensor], through: Tensor | None, layers:
     stacked = _stacked(layers, gradients[0].dtype)
     total = None if stacked is None or through is None else through @ stacked
     for g, layer in zip(gradients, layers):
-        frozen = layer.frozen
         if total is None:
-            total = frozen.input_gradient(g)
-        elif isinstance(frozen, Dense):
-            torch.addmm(total, g, frozen.weight, out=total)
+            total = layer.frozen.input_gradient(g)
         else:
-            total += frozen.input_gradient(g)
+            _add_input_gradient(total, g, layer.frozen)
     assert total is not None
     return total
+
+
+def _add_input_gradient(total: Tensor, g: Tensor, frozen: Frozen) -> None:
+    dense = frozen.dense(g.dtype)
+    if dense is None:
+        total += frozen.input_gradient(g)
+    else:
+        torch.addmm(total, g, dense.weight, out=total)
 
 
 def _stacked(layers: Sequence[Adapted], dtype: torch.dtype) -> Tensor | None:

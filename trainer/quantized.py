@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from posttrain.kernels.reference import FP8_BLOCK, dequantize_fp8
+from posttrain.kernels.reference import FP8_BLOCK, Dense, dequantize_fp8
 from posttrain.rl.errors import EngineError
 
 if TYPE_CHECKING:
@@ -45,6 +45,10 @@ class QuantizedLinear(nn.Linear, ABC):
     @abstractmethod
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """A fresh [O, I]."""
+
+    def dense(self, dtype: torch.dtype) -> Dense | None:
+        """Weight and bias as the kernels multiply by them."""
+        return Dense(self.dequantized(dtype), self.bias)
 
     def product(self, x: Tensor) -> Tensor:
         """[…, I] → […, O], the bias added."""
@@ -109,6 +113,10 @@ class Fp8Linear(QuantizedLinear):
         super().__init__(tensors["weight"].view(torch.uint8), shape, dtype)
         self.activations = activations
         self.register_buffer("scale", tensors["scale"], persistent=False)
+
+    def dense(self, dtype: torch.dtype) -> Dense | None:
+        """See ``QuantizedLinear``; None where the inputs are rounded, too."""
+        return None if self.activations else super().dense(dtype)
 
     def product(self, x: Tensor) -> Tensor:
         """See ``QuantizedLinear``; on tensor cores for fp8 where one scale a token and an output feature suffice."""

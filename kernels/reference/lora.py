@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,6 +21,12 @@ class Frozen(Protocol):
     @property
     def out_features(self) -> int:
         """O."""
+        ...
+
+    def dense(self, dtype: torch.dtype) -> Dense | None:
+        """The layer with W as it is multiplied, made anew where it is stored otherwise; None where ``product`` does
+        more than multiply.
+        """
         ...
 
     def product(self, x: Tensor) -> Tensor:
@@ -43,6 +50,10 @@ class Dense(NamedTuple):
     def out_features(self) -> int:
         """See ``Frozen``."""
         return self.weight.shape[0]
+
+    def dense(self, dtype: torch.dtype) -> Dense:
+        """See ``Frozen``."""
+        return self
 
     def product(self, x: Tensor) -> Tensor:
         """See ``Frozen``."""
