@@ -76,7 +76,7 @@ def sum_of_parts(
     AT_ONCE: tl.constexpr = 8 if size <= 512 else 4096 // size if size < 4096 else 1  # as many as registers hold
     for first in range(0, parts, AT_ONCE):
         for part in tl.static_range(AT_ONCE):
-            here = first + part < parts
+            here = tl.zeros_like(at) + first + part < parts  # a tensor in the interpreter, too
             total += tl.load(sums_ptrs + (first + part) * size, mask=here, other=0.0, cache_modifier=".cg")
     tl.store(locks_ptr + tile, 0)
     return total
