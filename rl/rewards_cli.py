@@ -13,7 +13,7 @@ from typing import Any
 from posttrain.rl.errors import PosttrainError
 from posttrain.rl.rewards import Rubric, names, resolve
 from posttrain.rl.rewards.decorator import explanation_of, is_factory
-from posttrain.rl.rewards.registry import BUILT_INS
+from posttrain.rl.rewards.registry import find
 from posttrain.rl.rewards.signature import read
 from posttrain.rl.types import Completion, Prompt
 
@@ -34,7 +34,7 @@ def listing() -> list[tuple[str, str, str, str]]:
     rows = []
     for name, source in names().items():
         try:
-            function = _found(name)
+            function = find(name)  # a factory itself: no settings are known here
         except PosttrainError as error:  # one broken package does not hide the others
             rows.append((name, "", str(error), source))
             continue
@@ -63,13 +63,6 @@ def attempt(
         rubric.close()
     [(name, score)] = rollout.rewards.items()
     return Trial(score, seconds * 1000, rollout.failures.get(name), _explanation(function, completion, columns))
-
-
-def _found(name: str) -> Callable[..., Any]:
-    """The function, or the factory itself: no settings are known here."""
-    from posttrain.rl.rewards.references import import_function
-
-    return import_function(BUILT_INS[name]) if name in BUILT_INS else resolve(name)
 
 
 def _asks_for(function: Callable[..., Any]) -> str:

@@ -57,7 +57,7 @@ class Reward:
 
     def score_blocking(self, samples: Sequence[Sample]) -> list[Outcome]:
         """In this thread, one call after another."""
-        return [outcome for part in self._parts(samples) for outcome in self._kept(part, self._call)]
+        return [outcome for part in self._parts(samples) for outcome in self._kept(part)]
 
     async def score(self, samples: Sequence[Sample]) -> list[Outcome]:
         """Every call at once, as far as ``concurrency`` and the pool go; the first sample's error is the one raised."""
@@ -81,9 +81,6 @@ class Reward:
             return [samples]
         return [list(group) for _, group in itertools.groupby(samples, lambda sample: sample.prompt.id)]
 
-    def _arguments(self, part: Sequence[Sample]) -> dict[str, Any]:
-        return call_arguments(self.signature, part)
-
     def _call(self, part: Sequence[Sample], arguments: dict[str, Any]) -> list[Outcome]:
         try:
             with Blame(self.signature, part):
@@ -91,6 +88,9 @@ class Reward:
             return self._checked(value, part)
         except RewardError as error:
             return self._forgiven(error, part)
+
+    async def _awaited(self, part: Sequence[Sample], arguments: dict[str, Any]) -> list[Outcome]:
+        return await (self._call_async if self.signature.is_async else self._call_isolated)(part, arguments)
 
     async def _call_async(self, part: Sequence[Sample], arguments: dict[str, Any]) -> list[Outcome]:
         try:
@@ -142,8 +142,9 @@ class Reward:
         """A call that ended without an answer: the sample's, or one call more for each sample of a batch."""
         if len(part) == 1:
             return [Outcome(0.0, failure)]
-        call = self._call_async if self.signature.is_async else self._call_isolated
-        again = await asyncio.gather(*(call([sample], self._arguments([sample])) for sample in part))
+        again = await asyncio.gather(
+            *(self._awaited([sample], call_arguments(self.signature, [sample])) for sample in part)
+        )
         return [outcome for outcomes in again for outcome in outcomes]
 
     def _forgiven(self, error: RewardError, part: Sequence[Sample]) -> list[Outcome]:
@@ -154,28 +155,25 @@ class Reward:
     def _checked(self, value: object, part: Sequence[Sample]) -> list[Outcome]:
         return [Outcome(score) for score in scores(self.signature, value, part)]
 
-    def _kept(
-        self, part: Sequence[Sample], call: Callable[[Sequence[Sample], dict[str, Any]], list[Outcome]]
-    ) -> list[Outcome]:
-        arguments = self._arguments(part)
-        if not self.signature.tag.cache:
-            return call(part, arguments)
-        key = self._key(part, arguments)
-        if (known := self._known(key)) is None:
-            known = call(part, arguments)
-            self._remember(key, known)
-        return known
+    def _kept(self, part: Sequence[Sample]) -> list[Outcome]:
+        arguments = call_arguments(self.signature, part)
+        key, known = self._recalled(part, arguments)
+        return self._remembered(key, self._call(part, arguments)) if known is None else known
 
     async def _kept_async(self, part: Sequence[Sample]) -> list[Outcome]:
-        call = self._call_async if self.signature.is_async else self._call_isolated
-        arguments = self._arguments(part)
+        arguments = call_arguments(self.signature, part)
+        key, known = self._recalled(part, arguments)
+        return self._remembered(key, await self._awaited(part, arguments)) if known is None else known
+
+    def _recalled(
+        self, part: Sequence[Sample], arguments: Mapping[str, Any]
+    ) -> tuple[bytes | None, list[Outcome] | None]:
+        """The cache's key, if there is a cache, and what it holds."""
         if not self.signature.tag.cache:
-            return await call(part, arguments)
+            return None, None
         key = self._key(part, arguments)
-        if (known := self._known(key)) is None:
-            known = await call(part, arguments)
-            self._remember(key, known)
-        return known
+        kept = self._scores.get(key)
+        return key, None if kept is None else [Outcome(score) for score in kept]
 
     def _key(self, part: Sequence[Sample], arguments: Mapping[str, Any]) -> bytes:
         try:
@@ -186,16 +184,13 @@ class Reward:
                 "take cache=True off, or ask for fewer columns"
             ) from error
 
-    def _known(self, key: bytes) -> list[Outcome] | None:
-        scores = self._scores.get(key)
-        return None if scores is None else [Outcome(score) for score in scores]
-
-    def _remember(self, key: bytes, outcomes: Sequence[Outcome]) -> None:
-        """Failures are tried again."""
-        if not any(outcome.failure for outcome in outcomes):
+    def _remembered(self, key: bytes | None, outcomes: list[Outcome]) -> list[Outcome]:
+        """``outcomes``, kept under ``key``; failures are tried again."""
+        if key is not None and not any(outcome.failure for outcome in outcomes):
             self._scores[key] = [outcome.score for outcome in outcomes]
-        while len(self._scores) > CACHED:
-            self._scores.popitem(last=False)
+            while len(self._scores) > CACHED:
+                self._scores.popitem(last=False)
+        return outcomes
 
 
 class Blame:

@@ -42,7 +42,7 @@ def resolve(spec: str, base: Path | None = None, settings: Mapping[str, Any] | N
     (relative to ``base``), with ``settings`` as keyword arguments: of the factory where it is one, else bound to the
     function. Raises ``ConfigError`` saying what is missing.
     """
-    found = _find(spec, base)
+    found = find(spec, base)
     if not settings and not is_factory(found):
         return found
     given, asked = dict(settings or {}), inspect.signature(found)
@@ -60,6 +60,20 @@ def resolve(spec: str, base: Path | None = None, settings: Mapping[str, Any] | N
     return made
 
 
+def find(spec: str, base: Path | None = None) -> Callable[..., Any]:
+    """What a spec names, a factory as it is. Raises ``ConfigError`` where there is nothing."""
+    if spec in BUILT_INS:
+        return references.import_function(BUILT_INS[spec])
+    if ":" in spec:
+        return references.import_function(spec, base)
+    if (point := _entry_points().get(spec)) is not None:
+        return references.import_function(point.value)
+    known = names()
+    near = difflib.get_close_matches(spec, known, n=1)
+    hint = f"did you mean {near[0]}" if near else f"there are {', '.join(sorted(known))}"
+    raise ConfigError(f"reward {spec}: {hint}? Your own are written module:function or file.py:function")
+
+
 def names() -> dict[str, str]:
     """Every reward that has a name, and where it comes from: ``built in`` or a package."""
     found = dict.fromkeys(BUILT_INS, "built in")
@@ -75,19 +89,6 @@ def reference(function: Callable[..., Any]) -> str:
         if built_in == where:
             return name
     return references.reference(function)
-
-
-def _find(spec: str, base: Path | None) -> Callable[..., Any]:
-    if spec in BUILT_INS:
-        return references.import_function(BUILT_INS[spec])
-    if ":" in spec:
-        return references.import_function(spec, base)
-    if (point := _entry_points().get(spec)) is not None:
-        return references.import_function(point.value)
-    known = names()
-    near = difflib.get_close_matches(spec, known, n=1)
-    hint = f"did you mean {near[0]}" if near else f"there are {', '.join(sorted(known))}"
-    raise ConfigError(f"reward {spec}: {hint}? Your own are written module:function or file.py:function")
 
 
 def _bound(function: Callable[..., Any], settings: dict[str, Any]) -> Callable[..., Any]:

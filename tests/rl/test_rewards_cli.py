@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 from posttrain.rl import rewards_cli
 from posttrain.rl.cli import app
 from posttrain.rl.errors import RewardError
+from posttrain.rl.rewards import registry
 
 OWN = """
 from posttrain.rl.rewards import explains, reward
@@ -36,6 +38,13 @@ def test_the_list_names_every_built_in_with_its_arguments() -> None:
     assert rows["regex_format"][0] == "settings: pattern, name"
     assert all(does for _, does, _ in rows.values())
     assert "math_answer" in run("list")
+
+
+def test_the_list_shows_a_factory_that_another_package_offers(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("their_format", "posttrain.rl.rewards.text_format:regex_format", registry.ENTRY_POINTS)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+    rows = {row[0]: row[1:] for row in rewards_cli.listing()}
+    assert rows["their_format"] == (*rows["regex_format"][:2], "posttrain.rl.rewards.text_format:regex_format")
 
 
 def test_a_trial_shows_score_time_and_explanation(tmp_path: Path) -> None:
